@@ -1,0 +1,353 @@
+"""
+SegInversion (paper, Sec. 3.2): images of the old classes, drawn out of the old network itself.
+
+    python seginversion.py --checkpoint runs/voc-15-1-disjoint/step-0.pth --classes horse,person --r 0.5,5,10
+
+writes the paper's Figure 3: the same noise, inverted once for every r, with the network's own
+segmentation underneath.
+
+    Eq. 2   min_x  l_cls(y^(x), y) + R(x)
+            l_cls  softmax cross-entropy of the aggregated scores y^ (saa.py) to the asked classes,
+                   target 1/n for each of an image's n classes, background always among them
+            R(x)   tv * total_variation(x) + l2 * rms(x) + bn * BatchNormMatching: the image prior
+                   and the feature statistics of DeepInversion (Yin et al., 2020), from its formulas
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+
+import data
+from data import InputError, derive_seed, write_atomically
+from distill import upsample
+from eval import colour, save_grid
+from model import load_model
+from saa import scale_aware_aggregation
+
+R_CHOICES = (0.5, 1, 5, 10, 20)                             # Sec. 4.4, "random"
+
+
+def total_variation(x):
+    """Roughness of images (B, 3, H, W): root mean square of the differences between neighbours.
+
+    Summed over four directions (down, right, both diagonals), mean over images. Returns a scalar.
+    """
+    pairs = [(x[:, :, 1:], x[:, :, :-1]), (x[..., 1:], x[..., :-1]),
+             (x[:, :, 1:, 1:], x[:, :, :-1, :-1]), (x[:, :, 1:, :-1], x[:, :, :-1, 1:])]
+    return sum(rms(a - b) for a, b in pairs)
+
+
+def rms(x):
+    """Root mean square of each image of (B, 3, H, W), mean over the batch. Gradient 0 at x = 0."""
+    return (torch.linalg.vector_norm(x, dim=(1, 2, 3)) / math.sqrt(x[0].numel())).mean()
+
+
+class BatchNormMatching:
+    """How far the statistics of a batch are from those that every BatchNorm layer remembers.
+
+        sum_l  || mean_l(x) - running_mean_l ||_2  +  || var_l(x) - running_var_l ||_2
+
+    over the layers' inputs, mean and biased variance over (B, H, W), weight `first` on the first layer
+    and 1 on the others, divided by the sum of the weights. Context manager: its hooks are gone at exit.
+
+        with BatchNormMatching(model) as matching:
+            model(x)
+            loss = matching.loss()
+    """
+
+    def __init__(self, model, first=10.0):
+        self.layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.weights = [first] + [1.0] * (len(self.layers) - 1)
+
+    def __enter__(self):
+        self.terms = {}
+        self.hooks = [layer.register_forward_pre_hook(self.compare) for layer in self.layers]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+    def compare(self, layer, inputs):
+        x = inputs[0].float()
+        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        self.terms[layer] = ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
+
+    def loss(self):
+        """The distance for the latest forward pass; a scalar that carries gradient to the input."""
+        total = sum(w * self.terms[layer] for w, layer in zip(self.weights, self.layers))
+        self.terms = {}
+        return total / sum(self.weights)
+
+
+@contextlib.contextmanager
+def frozen(model):
+    """Evaluation mode and no parameter gradients inside; every flag as it was outside."""
+    training = [(m, m.training) for m in model.modules()]
+    gradients = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield model.eval().requires_grad_(False)
+    finally:
+        for module, flag in training:
+            module.training = flag
+        for parameter, flag in gradients:
+            parameter.requires_grad_(flag)
+
+
+def classification_loss(scores, targets):
+    """Softmax cross-entropy (B,) of scores (B, C) to targets (B, C) that sum to one per image."""
+    return -(targets * F.log_softmax(scores, dim=1)).sum(dim=1)
+
+
+def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2=0.0089, bn=1.16,
+           jitter=30 / 512, on_step=None):
+    """Optimise noise into images that the network takes for the asked classes (Eq. 2).
+
+    model:   a segmentation network, images (B, 3, H, W) -> logits (B, C, h, w). It is left as it was
+             found: weights and statistics bit for bit, training flags and requires_grad too.
+    targets: (B, C) bool or float, the classes to show in each image (normalised to sum to one)
+    r:       Eq. 1's scale, a number or a CPU tensor that broadcasts to (B, C)
+    size:    H = W of the images, or (H, W)
+    steps, lr, seed: Adam with betas (0.5, 0.9), a tenth of the steps warm-up (at most 100), then
+             cosine to 0; the noise, shifts and flips come from `seed` alone (the global random state
+             is not touched)
+    tv, l2, bn: weights of the terms of R(x). jitter: largest random shift, as a share of the size.
+    on_step: called as on_step(i, terms) after step i with the named, detached loss terms
+    Returns (B, 3, H, W) in the network's normalised space, inside the range of real images.
+    Raises ValueError for targets of the wrong shape, or an image without a target.
+    """
+    H, W = (size, size) if isinstance(size, int) else size
+    device = next(model.parameters()).device
+    targets = targets.to(torch.float32)
+    if targets.dim() != 2 or not bool((targets.sum(1) > 0).all()):
+        raise ValueError(f"targets must be (B, C) with at least one class per image, got {tuple(targets.shape)}")
+    targets = (targets / targets.sum(1, keepdim=True)).to(device)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(targets), 3, H, W, generator=generator).to(device).requires_grad_()
+    low, high = (torch.tensor([(v - m) / s for m, s in zip(data.MEAN, data.STD)], device=device).view(3, 1, 1) for v in (0, 1))
+    optimizer = torch.optim.Adam([x], lr=lr, betas=(0.5, 0.9))
+    warmup = min(100, max(1, steps // 10))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
+        (i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup))))
+    reach = [int(jitter * side) for side in (H, W)]
+    with frozen(model), BatchNormMatching(model) as matching:
+        for i in range(steps):
+            shift = [int(torch.randint(-d, d + 1, (), generator=generator)) for d in reach]
+            view = torch.roll(x, shift, dims=(2, 3))
+            if torch.rand((), generator=generator) < 0.5:
+                view = view.flip(3)
+            scores = scale_aware_aggregation(model(view), r)                    # (B, C)
+            if scores.shape != targets.shape:
+                raise ValueError(f"targets are {tuple(targets.shape)}, but the network scores {tuple(scores.shape)}")
+            terms = {"cls": classification_loss(scores, targets).mean(), "tv": tv * total_variation(view),
+                     "l2": l2 * rms(view), "bn": bn * matching.loss()}
+            optimizer.zero_grad()
+            sum(terms.values()).backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                x.clamp_(low, high)
+            if on_step:
+                on_step(i, {name: term.detach() for name, term in terms.items()})
+    return x.detach()
+
+
+# --------------------------------------------------------------------------- a folder full of fakes
+
+def balanced_targets(num_images, num_classes, seed, most=3):
+    """Classes to show in each image: 1 to `most` distinct ids out of 1 .. num_classes, sorted.
+
+    Dealt from shuffled decks, so that over the whole set no class is asked for more than once more
+    often than another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    deck, targets = [], []
+    for _ in range(num_images):
+        chosen, count = [], 1 + int(torch.randint(min(most, num_classes), (), generator=generator))
+        while len(chosen) < count:
+            if not deck:
+                deck = (1 + torch.randperm(num_classes, generator=generator)).tolist()
+            chosen.append(deck.pop(next(i for i, c in enumerate(deck) if c not in chosen)))
+        targets.append(sorted(chosen))
+    return targets
+
+
+def parse_r(text):
+    """--r: "random" (per image and class out of R_CHOICES), "avg" (0), "max" (inf) or a number >= 0."""
+    try:
+        r = {"random": None, "avg": 0.0, "max": math.inf}[text] if text in ("random", "avg", "max") else float(text)
+    except ValueError:
+        r = -1.0
+    if r is not None and not r >= 0:
+        raise InputError(f"--r {text}: expected random, avg, max or a number >= 0")
+    return r
+
+
+def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", seed=0, most=3,
+               rank=0, world=1, report=None, **options):
+    """Fill a folder with num_images fakes of all the classes a model knows.
+
+    Writes 00000.png, ... and manifest.jsonl, a line per image: file, classes (background first), r of
+    each, seed of its batch, and the final state: losses, and the share of pixels that the model itself
+    gives to each class asked for. Batch b belongs to rank b % world and depends on (seed, b) alone.
+    Called again it goes on at the first missing batch; with other settings or another model it refuses
+    with InputError. A loss that is not finite is a FloatingPointError.
+
+    most:    most foreground classes in one image
+    report:  called as report(dict) with the progress of this rank
+    options: steps, lr, tv, l2, bn of invert()
+    Returns the paths of the images, in order, on every rank.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    plan = {"num_images": num_images, "size": size, "batch_size": batch_size, "r": r, "seed": seed, "most": most,
+            **options, "model": digest.hexdigest()[:16]}
+    plan_path, manifest = folder / "plan.json", folder / "manifest.jsonl"
+    if plan_path.exists():
+        there = json.loads(plan_path.read_text())
+        differing = [k for k in plan.keys() | there.keys() if plan.get(k) != there.get(k)]
+        if differing:
+            raise InputError(f"{folder} holds fakes made with other settings ({', '.join(sorted(differing))}): "
+                             "remove that folder or choose another")
+    else:
+        write_atomically(plan_path, lambda p: p.write_text(json.dumps(plan)))
+    paths = [folder / f"{i:05d}.png" for i in range(num_images)]
+    if manifest.exists():
+        return paths
+
+    C = sum(model.classes_per_step)
+    device = next(model.parameters()).device
+    asked = balanced_targets(num_images, C - 1, derive_seed(seed, 0), most)
+    part = lambda b: folder / f"batch-{b:05d}.jsonl"
+    batches = range(math.ceil(num_images / batch_size))
+    for b in batches[rank::world]:
+        if part(b).exists():
+            continue
+        started = time.monotonic()
+        images = range(b * batch_size, min((b + 1) * batch_size, num_images))
+        batch_seed = derive_seed(seed, 1, b)
+        generator = torch.Generator().manual_seed(batch_seed)
+        value = parse_r(r)
+        scales = torch.tensor(R_CHOICES)[torch.randint(len(R_CHOICES), (len(images), C), generator=generator)] \
+            if value is None else torch.full((len(images), C), value)
+        targets = torch.zeros(len(images), C)
+        for row, i in enumerate(images):
+            targets[row, [0, *asked[i]]] = 1
+        last = {}
+        x = invert(model, targets, scales, size=size, seed=batch_seed,
+                   on_step=lambda _, terms: last.update(terms), **options)
+        last = {name: float(term) for name, term in last.items()}
+        if not all(map(math.isfinite, last.values())) or not bool(x.isfinite().all()):
+            raise FloatingPointError(f"synthesis of batch {b} in {folder}: a loss is not finite: {last}")
+        pixels = data.denormalise(x).cpu()
+        with frozen(model), torch.inference_mode():
+            logits = model(x)
+            scores = scale_aware_aggregation(logits, scales)
+            cls = classification_loss(scores, (targets / targets.sum(1, keepdim=True)).to(device)).tolist()
+            found = F.one_hot(logits.argmax(1), C).float().mean((1, 2)).cpu()                   # (B, C)
+        lines = []
+        for row, i in enumerate(images):
+            write_atomically(paths[i], lambda p: Image.fromarray(pixels[row].permute(1, 2, 0).numpy()).save(p, "PNG"))
+            classes = [0, *asked[i]]
+            lines.append(json.dumps({
+                "file": paths[i].name, "classes": classes, "r": [str(v) for v in scales[row, classes].tolist()],
+                "seed": batch_seed, "cls": cls[row], "tv": total_variation(x[row:row + 1]).item(),
+                "bn_batch": last.get("bn"), "found": found[row, classes].tolist()}) + "\n")
+        write_atomically(part(b), lambda p: p.write_text("".join(lines)))
+        if report:
+            seconds = time.monotonic() - started
+            left = len([k for k in batches[rank::world] if k > b])
+            report({"batch": b, "of": len(batches), **last, "images/s": world * len(images) / seconds,
+                    "eta": seconds * left})
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        write_atomically(manifest, lambda p: p.write_text("".join(part(b).read_text() for b in batches)))
+        for b in batches:
+            part(b).unlink()
+    if world > 1:
+        dist.barrier()
+    return paths
+
+
+def save_fakes(model, paths, path, columns=8, rows=2):
+    """A grid of fakes, each with the model's own segmentation underneath."""
+    device = next(model.parameters()).device
+    shown = [torch.from_numpy(np.array(data.read_image(p))).movedim(-1, 0) for p in paths[:columns * rows]]
+    pictures = []
+    for i in range(0, len(shown), columns):
+        row = shown[i:i + columns]
+        blank = [torch.full_like(row[0], 255)] * (columns - len(row))
+        pictures += row + blank + segment(model, normalised(torch.stack(row), device)) + blank
+    save_grid(pictures, columns, path)
+
+
+def normalised(pixels, device):
+    """uint8 RGB (B, 3, H, W) -> the network's space."""
+    for transform in data.normalise():
+        pixels = transform(data.tv_tensors.Image(pixels))
+    return pixels.as_subclass(torch.Tensor).to(device)
+
+
+def segment(model, x):
+    """The model's segmentation of x (B, 3, H, W), as a list of coloured pictures."""
+    with frozen(model), torch.inference_mode():
+        return list(colour(upsample(model(x), x).argmax(1).cpu()))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Figure 3: the same noise inverted at several r.")
+    parser.add_argument("--checkpoint", required=True, help="step-<k>.pth of a run")
+    parser.add_argument("--classes", required=True, help="names, with commas: horse,person (background is added)")
+    parser.add_argument("--r", default="0.5,5,10", help="one column of the picture each; also avg and max")
+    parser.add_argument("--out", default="figure3.png")
+    parser.add_argument("--images", type=int, default=16, help="inverted together; the first four are drawn")
+    parser.add_argument("--size", type=int, help="height and width; default: as in the checkpoint's run")
+    parser.add_argument("--steps", type=int, help="more for cleaner pictures; default: as in the run")
+    parser.add_argument("--seed", type=int, default=0, help="another one for other noise")
+    args = parser.parse_args()
+    model, about = load_model(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    names = about["classes"]
+    unknown = [c for c in args.classes.split(",") if c not in names[1:]]
+    if unknown:
+        raise InputError(f"--classes {unknown[0]}: unknown to this checkpoint, which knows {', '.join(names[1:])}")
+    wanted = [0] + [names.index(c) for c in args.classes.split(",")]
+    targets = torch.zeros(args.images, len(names))
+    targets[:, wanted] = 1
+    options = {**about["inversion"], **({"steps": args.steps} if args.steps else {})}
+    columns, texts = [], args.r.split(",")
+    for text in texts:
+        r = parse_r(text)
+        if r is None:
+            raise InputError("--r random: name the scales to compare instead, such as 0.5,5,10")
+        x = invert(model, targets, r, size=args.size or about["crop"], seed=args.seed, **options)
+        with frozen(model), torch.inference_mode():
+            share = F.one_hot(model(x).argmax(1), len(names)).float().mean((0, 1, 2))
+        print(f"r = {text}: share of pixels", {names[c]: round(share[c].item(), 3) for c in wanted})
+        columns.append([p for pair in zip(data.denormalise(x[:4]).cpu(), segment(model, x[:4])) for p in pair])
+    save_grid([picture for row in zip(*columns) for picture in row], len(columns), args.out)
+    grid = Image.open(args.out)
+    picture = Image.new("RGB", (grid.width, grid.height + 14), "white")
+    picture.paste(grid, (0, 14))
+    for i, text in enumerate(texts):
+        ImageDraw.Draw(picture).text((4 + i * grid.width // len(texts), 1), f"r = {text}", "black")
+    write_atomically(args.out, lambda p: picture.save(p, "PNG"))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    with data.plain_errors("seginversion.py"):
+        main()

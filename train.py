@@ -1,0 +1,346 @@
+"""
+Train one class-incremental task, all its steps in one run (paper, Sec. 3.3 and 4).
+
+    python train.py                                                          # shapes 15-1: CPU, minutes
+    torchrun train.py --task 15-1 --dataset voc                              # the paper's setting
+    torchrun --nproc_per_node=8 train.py --task 100-10 --dataset ade --data-root data
+
+Step 0 trains on the first classes. Every later step t inverts the network of step t - 1 into fake
+images of all old classes (seginversion.py), then trains on half-real half-fake batches (distill.py).
+The same command again goes on where it stopped. A run folder holds
+
+    settings.json  log.jsonl  step-<t>.pth  step-<t>.json  fakes-step-<t>/  fakes-step-<t>.png
+    predictions.png  results.json
+"""
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+from torch.utils.data import DataLoader
+
+import data
+from data import InputError, derive_seed, write_atomically
+from distill import hrhf
+from eval import PAPER, autocast, evaluate, iou, save_predictions, summarize, table, test_view
+from model import BACKBONES, DeepLabV3, load_model, save_model
+from seginversion import parse_r, save_fakes, synthesize
+
+# The paper's numbers (Sec. 4.2; MiB's where it says "as in [5]") are the parser's defaults; these are
+# what a data set changes. `shapes` is not in the paper: its numbers fit a laptop's CPU.
+DATASET_DEFAULTS = {
+    "voc": {"task": "15-1"},
+    "ade": {"task": "100-50", "epochs": 60},
+    "folder": {},
+    "shapes": {"task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "epochs0": 20, "epochs": 12,
+               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_steps": 100, "fake_lr": 0.1, "workers": 0},
+}
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = p.add_argument
+    a("--dataset", choices=list(DATASET_DEFAULTS), default="shapes", help="folder: your own images in VOC's layout")
+    a("--data-root", default="data", help="where the data set is")
+    a("--task", help="A-B: A classes first, then B a step; or offline (the paper's Joint)")
+    a("--setting", choices=["disjoint", "overlapped"], default="disjoint",
+      help="overlapped lets images of later classes into earlier steps (paper: both; its ablations: disjoint)")
+    a("--split-dir", help="folder of MiB's train-<step>.npy lists, to compare with its ADE numbers")
+    a("--void", choices=["background", "ignore"], default="background",
+      help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
+    a("--out", help="run folder; default runs/<dataset>-<task>-<setting>")
+    a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller ones for fewer or no GPUs")
+    a("--pretrained", default="imagenet", help="imagenet (download), none, or a file: torchvision's or Mapillary's iABN")
+    a("--crop", type=int, default=512, help="height and width of training, test and fake images")
+    a("--batch-size", type=int, default=24, help="over all GPUs together; results do not depend on their number")
+    a("--epochs", type=int, default=30, help="per step; an epoch is one pass over the real images")
+    a("--epochs0", type=int, help="step 0, if it needs another number")
+    a("--lr0", type=float, default=1e-2, help="step 0")
+    a("--lr", type=float, default=1e-3, help="later steps; lower it first if old classes collapse")
+    a("--lam", type=float, default=1.0, help="weight of the distillation, Eq. 5 (0: Table 5's W/O KD)")
+    a("--init", choices=["background", "random"], default="background", help="of new classifiers; background is MiB's")
+    a("--fake", choices=["seginversion", "noise", "none"], default="seginversion",
+      help="Table 2: none is its Baseline, noise its +Noise")
+    a("--r", default="random", help="scale of Eq. 1: a number, avg or max (Tables 3 and 4)")
+    a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
+    a("--num-fakes", type=int, help="per step; default: as many as the step has real images, at most 1024")
+    a("--fake-batch", type=int, default=16, help="images inverted together; lower it if memory runs out")
+    a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
+    a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
+    a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes are noisy")
+    a("--bn", type=float, default=1.16, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
+    a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
+    a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision; default: on CUDA")
+    a("--workers", type=int, help="loader processes per rank; raise it if data_wait in the log is not near 0")
+    a("--seed", type=int, default=42, help="of everything random")
+    args = p.parse_args(argv)
+    p.set_defaults(**DATASET_DEFAULTS[args.dataset])
+    args = p.parse_args(argv)
+    if args.task is None:
+        raise InputError("--task: a folder needs one, such as 4-1")
+    for name in ("crop", "batch_size", "epochs", "epochs0", "fake_batch", "fake_steps", "num_fakes", "max_iters"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    parse_r(args.r)
+    args.epochs0 = args.epochs0 or args.epochs
+    args.amp = torch.cuda.is_available() if args.amp is None else args.amp
+    args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}"
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return args
+
+
+def batch_parts(args, step):
+    """How many real and fake images a mini-batch of this step holds."""
+    if step == 0 or args.fake == "none":
+        return args.batch_size, 0
+    try:
+        real, fake = (int(part) for part in args.real_fake.split(":"))
+        real = round(args.batch_size * real / (real + fake))
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"--real-fake {args.real_fake}: expected two numbers, such as 1:1") from None
+    if not 1 <= real < args.batch_size:
+        raise InputError(f"--real-fake {args.real_fake}: leaves no real or no fake image in a batch of {args.batch_size}")
+    return real, args.batch_size - real
+
+
+def setup():
+    """rank, world size, device, from torchrun's environment; a world of one runs the same code."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    if world > 1:                                           # ranks wait for each other's last batch of fakes
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    return rank, world, device
+
+
+def from_rank_0(value, world):
+    """The value rank 0 has, on every rank."""
+    box = [value]
+    if world > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def claim(run, args):
+    """Make the run folder this command's, or refuse: mixing settings would go unnoticed in the results."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+    path = run / "settings.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        differing = [f"--{k.replace('_', '-')} is {there.get(k)} there and {settings.get(k)} here"
+                     for k in settings if there.get(k) != settings[k]]
+        if differing:
+            raise InputError(f"{run} holds a run with other settings: {'; '.join(differing)}. "
+                             "Choose another --out, or remove that folder")
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
+
+
+class Log:
+    """One JSON line an event, the same to screen and log.jsonl; rank 0 only."""
+
+    def __init__(self, path, rank):
+        self.file = open(path, "a") if rank == 0 else None
+
+    def __call__(self, **event):
+        if self.file:
+            line = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in event.items()})
+            print(line, flush=True)
+            print(line, file=self.file, flush=True)
+
+
+def train_step(student, teacher, method, view, parts, step, args, run, log, rank, world, device):
+    """Train one step; returns the seconds it took. Resumes from the last whole epoch."""
+    real, fake = parts
+    per_epoch = max(1, len(view.indices) // real)
+    iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
+    iterations = min(iterations, args.max_iters or iterations)
+    optimizer = torch.optim.SGD(student.parameters(), lr=args.lr0 if step == 0 else args.lr,
+                                momentum=0.9, nesterov=True, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, iterations, power=0.9)
+    with autocast(device, args.amp):                        # only float16 needs its gradients scaled
+        half = args.amp and torch.get_autocast_dtype(device.type) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+
+    last, start, seconds = run / "last.pth", 0, 0.0
+    if last.exists():
+        state = torch.load(last, map_location="cpu", weights_only=True)
+        if state["step"] == step:
+            student.load_state_dict(state["model"])
+            for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
+                part.load_state_dict(state[name])
+            start, seconds = state["iteration"], state["seconds"]
+            log(step=step, resumed_at=start)
+
+    wrapped = student
+    if world > 1:
+        if device.type == "cuda":                           # SyncBatchNorm has no CPU form
+            wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
+        wrapped = nn.parallel.DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
+    wrapped.train()
+    loader = DataLoader(
+        view, num_workers=args.workers, pin_memory=device.type == "cuda", batch_sampler=data.train_batches(
+            len(view.indices), len(view.fakes), real, fake, iterations, derive_seed(args.seed, step, 0),
+            start, rank, world))
+    sums, count, waited, began, since = {}, 0, 0.0, time.monotonic(), time.monotonic()
+    arrived = time.monotonic()
+    for iteration, (images, labels) in enumerate(loader, start + 1):
+        waited += time.monotonic() - arrived
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with autocast(device, args.amp):
+            terms = method(wrapped, teacher, (images, labels))
+        optimizer.zero_grad()
+        scaler.scale(sum(terms.values())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach()
+        count += 1
+
+        epoch_ends = iteration % per_epoch == 0 or iteration == iterations
+        if iteration % 20 == 0 or epoch_ends:               # the only place that waits for the device
+            values = torch.stack(list(sums.values())) / count
+            if world > 1:
+                dist.all_reduce(values)
+            means = dict(zip(sums, (values / world).tolist()))
+            if not all(map(math.isfinite, means.values())):
+                raise FloatingPointError(f"step {step}, iteration {iteration} of {iterations}: a loss is not finite "
+                                         f"(means over the last {count}): {means}; try a lower learning rate")
+            now = time.monotonic()
+            log(step=step, iteration=iteration, of=iterations, loss=sum(means.values()), **means,
+                lr=scheduler.get_last_lr()[0], data_wait=waited / (now - since), **{"images/s": count * args.batch_size / (now - since)},
+                eta=(now - began) / (iteration - start) * (iterations - iteration))
+            sums, count, waited, since = {}, 0, 0.0, now
+        if epoch_ends and rank == 0:
+            write_atomically(last, lambda p: torch.save({
+                "step": step, "iteration": iteration, "seconds": seconds + time.monotonic() - began,
+                "model": student.state_dict(), "optimizer": optimizer.state_dict(),
+                "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}, p))
+        arrived = time.monotonic()
+    return seconds + time.monotonic() - began
+
+
+def main(argv=None):
+    args = parse(argv)
+    rank, world, device = setup()
+    if args.batch_size % world or args.batch_size < 2 * world:
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes, with at least "
+                         "two images for each (BatchNorm after global pooling has one value per image)")
+    run = Path(args.out)
+    train_set, test_set = data.load(args.dataset, args.data_root, "train"), data.load(args.dataset, args.data_root, "val")
+    steps = data.task_steps(args.task, len(train_set.classes) - 1)
+    for step in range(len(steps)):
+        batch_parts(args, step)
+    if rank == 0:
+        claim(run, args)
+    train_labels, test_labels = from_rank_0(
+        (train_set.labels(), test_set.labels()) if rank == 0 else None, world)
+    log = Log(run / "log.jsonl", rank)
+    log(command=" ".join(sys.argv), processes=world, device=str(device), torch=torch.__version__)
+    inversion = {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
+                 "tv": args.tv, "bn": args.bn}
+    method = partial(hrhf, lam=args.lam)
+
+    for step in range(len(steps)):
+        checkpoint, record = run / f"step-{step}.pth", run / f"step-{step}.json"
+        if record.exists():
+            continue
+        seconds, fakes = {}, []
+        if not checkpoint.exists():
+            if args.split_dir:
+                indices = data.read_split(args.split_dir, step, len(train_set))
+            elif args.dataset == "ade" and args.setting == "disjoint":
+                indices = data.partition_indices(train_labels, steps, step)
+            else:
+                indices = data.split_indices(train_labels, steps, step, args.setting)
+            if not indices:
+                raise InputError(f"step {step} of task {args.task} ({args.setting}) has no training images in {args.data_root}")
+            parts = batch_parts(args, step)
+            torch.manual_seed(derive_seed(args.seed, step, 1))          # weight initialisation
+            if step == 0:
+                teacher = None
+                if world > 1 and rank:                      # rank 0 downloads, the others find it done
+                    dist.barrier()
+                student = DeepLabV3(args.backbone, [1 + len(steps[0])],
+                                    None if args.pretrained == "none" else args.pretrained)
+                if world > 1 and not rank:
+                    dist.barrier()
+            else:
+                teacher, _ = load_model(run / f"step-{step - 1}.pth", device)
+                teacher.requires_grad_(False)
+                if parts[1]:
+                    began = time.monotonic()
+                    number = args.num_fakes or min(len(indices), 1024)
+                    number = math.ceil(number / args.fake_batch) * args.fake_batch
+                    fakes = synthesize(
+                        teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch, r=args.r,
+                        seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
+                        report=lambda event: log(step=step, phase="seginversion", **event),
+                        **{**inversion, **({"steps": 0} if args.fake == "noise" else {})})
+                    if rank == 0:
+                        save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
+                    seconds["seginversion"] = time.monotonic() - began
+                student, _ = load_model(run / f"step-{step - 1}.pth")
+                student.add_classes(len(steps[step]), args.init)
+            student.to(device)
+            view = data.View(train_set, indices, data.label_map(steps, step, "train", args.void),
+                             data.train_transform(args.crop), fakes)
+            seconds["training"] = train_step(student, teacher, method, view, parts, step, args, run, log, rank, world, device)
+            if rank == 0:
+                channels = [0] + [c for classes in steps[:step + 1] for c in classes]
+                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion,
+                           classes=[train_set.classes[c] for c in channels])
+                (run / "last.pth").unlink(missing_ok=True)
+            if world > 1:
+                dist.barrier()
+        began = time.monotonic()
+        model, _ = load_model(checkpoint, device)           # every rank scores what is on the disk
+        view = test_view(test_set, test_labels, steps, step, args.crop, args.dataset)
+        confusion = evaluate(model, view, args.batch_size // world, device, args.workers, rank, world, args.amp)
+        seconds["evaluation"] = time.monotonic() - began
+        if rank == 0:
+            if step == len(steps) - 1:
+                save_predictions(model, view, run / "predictions.png", device)
+            write_atomically(record, lambda p: p.write_text(json.dumps({"confusion": confusion.tolist(), "seconds": seconds})))
+            log(step=step, **summarize(confusion, steps)["background excluded"], seconds=seconds)
+
+    if rank == 0:
+        write_results(run, args, steps, train_set.classes, world, device)
+
+
+def write_results(run, args, steps, classes, world, device):
+    """results.json, and the table on the screen."""
+    channels = ["background" if c == 0 else classes[c] for c in [0] + [c for part in steps for c in part]]
+    records = []
+    for step in range(len(steps)):
+        record = json.loads((run / f"step-{step}.json").read_text())
+        confusion = torch.tensor(record["confusion"])
+        records.append({"iou": dict(zip(channels, iou(confusion).tolist())), **summarize(confusion, steps), **record})
+    results = {"settings": vars(args), "processes": world, "device": str(device),
+               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__},
+               "final": summarize(confusion, steps), "steps": records}
+    write_atomically(run / "results.json", lambda p: p.write_text(json.dumps(results)))
+    print(f"\n{args.dataset} {args.task} {args.setting}, after step {len(steps) - 1} ({run / 'results.json'}):")
+    print(table(results["final"], PAPER.get((args.dataset, args.task, args.setting))))
+
+
+if __name__ == "__main__":
+    with data.plain_errors("train.py"):
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
