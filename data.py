@@ -339,8 +339,8 @@ class Shapes:
         random = np.random.RandomState(index)
         S = self.SIDE
         y, x = np.mgrid[:S, :S] + 0.5
-        # Background: a coarse 5 x 5 grid of grey-ish colours, blended linearly, with pixel noise.
-        grid = random.uniform(60, 190, 3) + random.uniform(-50, 50, (5, 5, 3))
+        # Background: a coarse 5 x 5 grid of greyish colours, blended linearly, with pixel noise.
+        grid = random.uniform(60, 190) + random.uniform(-50, 50, (5, 5, 1)) + random.uniform(-25, 25, (5, 5, 3))
         ty, tx = y / S * 4, x / S * 4
         iy, ix = ty.astype(int), tx.astype(int)
         fy, fx = (ty - iy)[..., None], (tx - ix)[..., None]
@@ -349,7 +349,7 @@ class Shapes:
         mask = np.zeros((S, S), np.uint8)
         for _ in range(random.choice(3, p=[0.8, 0.15, 0.05]) + 1):
             k = random.randint(20)
-            radius, cy, cx = random.uniform(0.12, 0.4) * S, random.uniform(0.2, 0.8) * S, random.uniform(0.2, 0.8) * S
+            radius, cy, cx = random.uniform(0.16, 0.42) * S, random.uniform(0.2, 0.8) * S, random.uniform(0.2, 0.8) * S
             t = random.uniform(-1, 1)                       # a turn by 2 atan(t), without sin and cos
             cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
             u = ((x - cx) * cos + (y - cy) * sin) / radius
@@ -359,7 +359,7 @@ class Shapes:
             shade = random.uniform(-35, 35, 3) + random.uniform(-25, 25) * u[..., None]
             image = np.where(inside[..., None], np.array(self.COLOURS[colour]) + shade, image)
             mask[inside] = k + 1
-        image = np.clip(image + random.uniform(-20, 20, image.shape), 0, 255).astype(np.uint8)
+        image = np.clip(image + random.uniform(-12, 12, image.shape), 0, 255).astype(np.uint8)
         return Image.fromarray(image), Image.fromarray(mask)
 
     def __len__(self):
@@ -493,11 +493,15 @@ def prepare_ade(root):
     print(f"{len(load('ade', root, 'train'))} training images (expected 20210) in {root}")
 
 
-if __name__ == "__main__":
+def parse(argv=None):
     parser = argparse.ArgumentParser(description="Download and prepare a data set.")
     parser.add_argument("dataset", choices=["voc", "ade"])
     parser.add_argument("--data-root", default="data", help="where to put it; pass the same folder to train.py")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    args = parse()
     with plain_errors("data.py"):
         try:
             {"voc": prepare_voc, "ade": prepare_ade}[args.dataset](args.data_root)

@@ -52,8 +52,8 @@ def confusion_matrix(prediction, target, num_classes):
     """
     target, prediction = target.flatten().long(), prediction.flatten().long()
     inside = (target >= 0) & (target < num_classes)
-    pairs = target[inside] * num_classes + prediction[inside]
-    return torch.bincount(pairs, minlength=num_classes ** 2).view(num_classes, num_classes)
+    pairs = torch.where(inside, target * num_classes + prediction, num_classes ** 2)   # the last bin: left out
+    return torch.bincount(pairs, minlength=num_classes ** 2 + 1)[:-1].view(num_classes, num_classes)
 
 
 def iou(confusion):
@@ -170,13 +170,17 @@ def save_predictions(model, view, path, device, count=8):
     save_grid(pictures, 3, path)
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description="Score a run again, or segment pictures with its last model.")
     parser.add_argument("run", help="run folder that train.py wrote")
     parser.add_argument("--predict", nargs="+", metavar="PATH", help="segment these images and folders instead")
     parser.add_argument("--out", default="predictions", help="folder for --predict's PNGs")
     parser.add_argument("--data-root", help="where the data is now, if it was moved since the run")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     run = Path(args.run)
     try:
         settings = argparse.Namespace(**json.loads((run / "settings.json").read_text()))

@@ -85,7 +85,7 @@ class BatchNormMatching:
 
     def loss(self):
         """The distance for the latest forward pass; a scalar that carries gradient to the input."""
-        total = sum(w * self.terms[layer] for w, layer in zip(self.weights, self.layers))
+        total = sum((w * self.terms[layer] for w, layer in zip(self.weights, self.layers)), torch.zeros(()))
         self.terms = {}
         return total / sum(self.weights)
 
@@ -308,7 +308,7 @@ def segment(model, x):
         return list(colour(upsample(model(x), x).argmax(1).cpu()))
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description="Figure 3: the same noise inverted at several r.")
     parser.add_argument("--checkpoint", required=True, help="step-<k>.pth of a run")
     parser.add_argument("--classes", required=True, help="names, with commas: horse,person (background is added)")
@@ -318,7 +318,11 @@ def main():
     parser.add_argument("--size", type=int, help="height and width; default: as in the checkpoint's run")
     parser.add_argument("--steps", type=int, help="more for cleaner pictures; default: as in the run")
     parser.add_argument("--seed", type=int, default=0, help="another one for other noise")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     model, about = load_model(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     names = about["classes"]
     unknown = [c for c in args.classes.split(",") if c not in names[1:]]

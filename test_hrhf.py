@@ -379,3 +379,870 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
     (tmp_path / "c.pth").write_bytes(b"PK")
     with pytest.raises(InputError, match="not a checkpoint"):
         model.load_model(tmp_path / "c.pth")
+
+
+# -------------------------------------------------------------------------------------------- data.py
+
+def test_task_steps():
+    assert data.task_steps("15-1", 20) == [list(range(1, 16)), [16], [17], [18], [19], [20]]
+    assert data.task_steps("19-1", 20) == [list(range(1, 20)), [20]]
+    assert data.task_steps("50-50", 150)[1:] == [list(range(51, 101)), list(range(101, 151))]
+    assert data.task_steps("4-3", 6) == [[1, 2, 3, 4], [5, 6]]
+    assert data.task_steps("offline", 3) == [[1, 2, 3]]
+    for num_classes in (6, 20, 150):
+        for task in ("3-1", "2-2", "4-3"):
+            assert sum(data.task_steps(task, num_classes), []) == list(range(1, num_classes + 1))
+    for task in ("15", "a-b", "0-1", "15-0", "20-1", "15-1-1", ""):
+        with pytest.raises(InputError, match="--task"):
+            data.task_steps(task, 20)
+
+
+def test_split_indices_by_hand():
+    labels = [[0, 1], [0, 2, 255], [0, 1, 3], [0, 3], [0], [2, 3], [1, 2]]
+    steps = [[1], [2], [3]]
+    assert data.split_indices(labels, steps, 0, "overlapped") == [0, 2, 6]
+    assert data.split_indices(labels, steps, 0, "disjoint") == [0]
+    assert data.split_indices(labels, steps, 1, "overlapped") == [1, 5, 6]
+    assert data.split_indices(labels, steps, 1, "disjoint") == [1, 6]
+    assert data.split_indices(labels, steps, 2, "disjoint") == data.split_indices(labels, steps, 2, "overlapped") == [2, 3, 5]
+    with pytest.raises(InputError, match="setting"):
+        data.split_indices(labels, steps, 0, "both")
+
+
+@real_data
+@pytest.mark.parametrize("task, setting, sizes", [
+    ("19-1", "overlapped", [10410, 548]), ("19-1", "disjoint", [10034, 548]),
+    ("15-5", "overlapped", [9568, 2145]), ("15-5", "disjoint", [8437, 2145]),
+    ("15-1", "overlapped", [9568, 487, 299, 491, 500, 548]), ("15-1", "disjoint", [8437, 378, 299, 420, 500, 548])])
+def test_voc_split_sizes_at_full_scale_are_those_of_mib(task, setting, sizes):
+    labels = list(json.loads((SHARED / "oracles/voc_train_aug_labels.json").read_text()).values())
+    steps = data.task_steps(task, 20)
+    splits = [data.split_indices(labels, steps, t, setting) for t in range(len(steps))]
+    assert [len(s) for s in splits] == sizes
+    assert all(s == sorted(set(s)) for s in splits)
+    if setting == "disjoint":
+        assert sorted(sum(splits, [])) == list(range(10582))
+
+
+@real_data
+def test_ade_splits_at_full_scale():
+    labels = list(json.loads((SHARED / "oracles/ade_train_labels.json").read_text()).values())
+    for task, sizes in [("100-50", [20192, 9390]), ("100-10", [20192, 1710, 2294, 2747, 4279, 2844]),
+                        ("50-50", [20177, 13186, 9390])]:
+        steps = data.task_steps(task, 150)
+        assert [len(data.split_indices(labels, steps, t, "overlapped")) for t in range(len(steps))] == sizes
+        parts = [data.partition_indices(labels, steps, t) for t in range(len(steps))]
+        assert sorted(sum(parts, [])) == [i for i, ids in enumerate(labels) if set(ids) - {0}]
+        assert len(sum(parts, [])) == 20196
+        for t, part in enumerate(parts):
+            for c in steps[t]:                              # MiB warns below half of a class's images
+                assert sum(c in labels[i] for i in part) >= 50
+    folder = SHARED / "oracles/mib-ade/100-10"
+    assert [len(data.read_split(folder, t, 20210)) for t in range(6)] == [13452, 1130, 1200, 1366, 1550, 1498]
+
+
+def test_partition_gives_every_image_to_one_step_by_the_highest_bid():
+    # N = {1: 2, 2: 2, 3: 1}, total 5. Image 0: class 1 bids 120 + 2.5, class 3 bids 120 + 5: step 1.
+    # Image 1: class 1 bids 122.5: step 0. Image 2: class 2 bids 122.5: step 0. Image 3: nothing.
+    labels, steps = [[0, 1, 3], [1], [2, 255], [0], [2]], [[1, 2], [3]]
+    assert data.partition_indices(labels, steps, 0) == [1, 2, 4]
+    assert data.partition_indices(labels, steps, 1) == [0]
+
+
+def test_read_split_takes_mibs_files_and_names_what_is_wrong(tmp_path):
+    np.save(tmp_path / "train-0.npy", np.array([4, 2, 9]))
+    assert data.read_split(tmp_path, 0, 10) == [2, 4, 9]
+    with pytest.raises(InputError, match="train-0.npy must hold indices from 0 to 8"):
+        data.read_split(tmp_path, 0, 9)
+    with pytest.raises(InputError, match="train-1.npy"):
+        data.read_split(tmp_path, 1, 10)
+
+
+@pytest.mark.parametrize("split, step, options, expected", [
+    #                                   id:  0   1   2   3    4   5   255
+    ("train", 0, {},                       [0,  1,  2,  0,   0,  0,   0]),
+    ("train", 1, {},                       [0,  0,  0,  3,   0,  0,   0]),
+    ("train", 2, {},                       [0,  0,  0,  0,   4,  5,   0]),
+    ("train", 1, {"void": "ignore"},       [0,  0,  0,  3,   0,  0, 255]),
+    ("val", 1, {},                         [0, 255, 255, 3, 255, 255, 255]),
+    ("test", 0, {},                        [0,  1,  2, 255, 255, 255, 255]),
+    ("test", 1, {},                        [0,  1,  2,  3, 255, 255, 255]),
+    ("test", 2, {},                        [0,  1,  2,  3,   4,  5, 255]),
+    ("train", 1, {"score_background": False}, [0, 0, 0, 3,   0,  0,   0]),      # ADE
+    ("val", 1, {"score_background": False},   [255, 255, 255, 3, 255, 255, 255]),
+    ("test", 1, {"score_background": False},  [255, 1, 2, 3, 255, 255, 255]),
+])
+def test_label_map_row_by_row(split, step, options, expected):
+    table = data.label_map([[1, 2], [3], [4, 5]], step, split, **options)
+    assert table.shape == (256,) and table.dtype == torch.uint8
+    assert table[[0, 1, 2, 3, 4, 5, 255]].tolist() == expected
+
+
+def test_label_map_numbers_channels_in_the_order_of_learning():
+    assert data.label_map([[3, 1], [2]], 1, "test")[:4].tolist() == [0, 2, 3, 1]
+
+
+def test_shapes_are_the_same_pixels_on_every_machine_and_hold_20_classes():
+    shapes = data.Shapes("val")
+    image, mask = shapes.read(0)
+    total = sum(int(np.asarray(part, np.int64).sum()) for i in range(20) for part in shapes.read(i))
+    assert image.size == mask.size == (64, 64) and image.mode == "RGB"
+    assert len(shapes.classes) == 21 and len(set(shapes.classes)) == 21
+    assert {c for ids in shapes.labels() for c in ids} == set(range(21))
+    assert total == SHAPES_CHECKSUM
+
+
+SHAPES_CHECKSUM = 0
+
+
+def make_folder(root, train=6, val=4, classes=4, size=(40, 36)):
+    """A data set in VOC's layout: one coloured rectangle of class 1 .. classes - 1 an image."""
+    random = np.random.RandomState(0)
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / part).mkdir(parents=True, exist_ok=True)
+    (root / "classes.txt").write_text("".join(f"{n}\n" for n in ["background", "cat", "dog", "cow", "hen"][:classes]))
+    for split, count in (("train", train), ("val", val)):
+        names = [f"{split}{i}" for i in range(count)]
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n\n")
+        for i, name in enumerate(names):
+            image, mask = random.randint(0, 255, (*size, 3), np.uint8), np.zeros(size, np.uint8)
+            c = 1 + i % (classes - 1)
+            mask[8:24, 8:30] = c
+            mask[7, 8:30] = 255
+            image[mask == c] = np.array(data.palette()[c])
+            Image.fromarray(image).save(root / f"JPEGImages/{name}.jpg")
+            Image.fromarray(mask).save(root / f"SegmentationClass/{name}.png")
+    return root
+
+
+def test_a_folder_in_voc_layout_is_read_scanned_and_cached(tmp_path, monkeypatch):
+    root = make_folder(tmp_path)
+    train_set = data.load("folder", root, "train")
+    assert train_set.classes == ["background", "cat", "dog", "cow"] and len(train_set) == 6
+    assert train_set.labels() == [[0, c, 255] for c in (1, 2, 3, 1, 2, 3)]
+    with monkeypatch.context() as m:                        # a second look does not open a single mask
+        m.setattr(data, "scan_file", None)
+        assert data.load("folder", root, "train").labels() == train_set.labels()
+    mask = np.full((40, 36), 3, np.uint8)
+    Image.fromarray(mask).save(root / "SegmentationClass/train0.png")
+    assert data.load("folder", root, "train").labels()[0] == [3]               # a changed mask is seen
+    listing = root / "ImageSets/Segmentation/train.txt"
+    listing.write_text("train5\n")
+    assert data.load("folder", root, "train").labels() == [[0, 3, 255]]        # and a changed list
+
+
+def test_voc_lists_of_ids_and_mibs_two_columns_are_the_same(tmp_path):
+    root = tmp_path / "VOCdevkit/VOC2012"
+    make_folder(root)
+    (root / "SegmentationClassAug").symlink_to(root / "SegmentationClass")
+    listing = root / "ImageSets/Segmentation/train_aug.txt"
+    listing.write_text("train1\ntrain2")                    # without a newline at the end
+    ids = data.load("voc", tmp_path, "train")
+    listing.write_text("/JPEGImages/train1.jpg /SegmentationClassAug/train1.png\n"
+                       "/JPEGImages/train2.jpg /SegmentationClassAug/train2.png")
+    columns = data.load("voc", tmp_path, "train")
+    assert ids.images == columns.images and ids.masks == columns.masks and len(ids) == 2
+    assert ids.labels() == columns.labels() == [[0, 2, 255], [0, 3, 255]]
+    assert len(ids.classes) == 21
+
+
+def test_ade_is_read_in_sorted_order_with_its_class_names(tmp_path):
+    for part in ("images/training", "annotations/training"):
+        (tmp_path / "ADEChallengeData2016" / part).mkdir(parents=True)
+    for name, c in (("b", 150), ("a", 7)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"ADEChallengeData2016/images/training/{name}.jpg")
+        Image.new("L", (8, 8), c).save(tmp_path / f"ADEChallengeData2016/annotations/training/{name}.png")
+    ade = data.load("ade", tmp_path, "train")
+    assert ade.labels() == [[7], [150]] and len(ade.classes) == 151
+    (tmp_path / "ADEChallengeData2016/objectInfo150.txt").write_text(
+        "Idx\tRatio\tTrain\tVal\tName\n" + "".join(f"{i}\t0.1\t1\t1\tname{i}, other\n" for i in range(1, 151)))
+    assert data.load("ade", tmp_path, "train").classes[7] == "name7"
+
+
+def break_mask_size(root):
+    Image.new("L", (5, 5)).save(root / "SegmentationClass/train2.png")
+    return r"train2.png: the mask is 5 x 5 pixels, but its image .*train2.jpg is 36 x 40"
+
+
+def break_mask_id(root):
+    Image.new("L", (36, 40), 9).save(root / "SegmentationClass/val1.png")
+    return r"val1.png: mask id 9 is outside the classes 0 to 3"
+
+
+def break_mask_mode(root):
+    Image.new("RGB", (36, 40)).save(root / "SegmentationClass/train1.png")
+    return r"train1.png: the mask has mode RGB"
+
+
+def break_mask_file(root):
+    (root / "SegmentationClass/train1.png").write_bytes(b"x")
+    return r"train1.png: not a readable mask"
+
+
+def break_image_file(root):
+    (root / "JPEGImages/train3.jpg").write_bytes(b"x")
+    return r"train3.jpg: not a readable image"
+
+
+def break_image_half(root):
+    whole = (root / "JPEGImages/train3.jpg").read_bytes()   # the header reads, the pixels do not
+    (root / "JPEGImages/train3.jpg").write_bytes(whole[:len(whole) // 2])
+    return r"train3.jpg: not a readable image"
+
+
+def break_missing_image(root):
+    (root / "JPEGImages/train3.jpg").unlink()
+    return r"train3.jpg: listed, but not there"
+
+
+def break_list(root):
+    (root / "ImageSets/Segmentation/val.txt").unlink()
+    return r"val.txt: not found"
+
+
+def break_classes(root):
+    (root / "classes.txt").unlink()
+    return r"classes.txt: not found"
+
+
+BREAKS = [break_mask_size, break_mask_id, break_mask_mode, break_mask_file, break_image_file, break_image_half,
+          break_missing_image, break_list, break_classes]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("breakage", BREAKS)
+def test_bad_data_ends_with_one_sentence_that_names_the_file_and_exit_code_2(tmp_path, capsys, breakage, workers):
+    sentence = breakage(make_folder(tmp_path / "data"))
+    with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
+        train.main(f"--dataset folder --data-root {tmp_path / 'data'} --task 2-1 --backbone tiny --pretrained none --crop 32 "
+                   f"--batch-size 6 --epochs 1 --fake none --workers {workers} --out {tmp_path / 'run'}".split())
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert re.match("train.py: .*" + sentence, lines[-1]) and "Traceback" not in "".join(lines)
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--dataset voc --data-root nowhere", r"--data-root nowhere: no such folder; `python data.py voc --data-root nowhere`"),
+    ("--dataset folder --data-root nowhere --task 1-1", "--data-root nowhere: no such folder"),
+    ("--dataset folder", "--task: a folder needs one"),
+    ("--task 20-1", "--task 20-1: the data set has 20 classes"),
+    ("--task fifteen", "--task fifteen: expected A-B"),
+    ("--batch-size 1", "--batch-size 1: .* at least two images"),
+    ("--batch-size 2 --real-fake 1:9", "--real-fake 1:9: leaves no real"),
+    ("--real-fake half", "--real-fake half: expected two numbers"),
+    ("--r -1", "--r -1: expected random"),
+    ("--r big", "--r big: expected random"),
+    ("--crop 0", "--crop 0: must be at least 1"),
+    ("--pretrained nowhere.pth --backbone resnet18", "--pretrained nowhere.pth: no such file"),
+    ("--split-dir nowhere", "--split-dir: cannot read nowhere/train-0.npy"),
+])
+def test_bad_flags_end_with_one_sentence_and_exit_code_2(tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
+        train.main(f"{flags} --out {tmp_path}/run".split())
+    assert stop.value.code == 2
+    assert re.match("train.py: " + sentence, capsys.readouterr().err.strip().splitlines()[-1])
+
+
+def test_train_transform_moves_image_and_mask_together_and_test_transform_is_resize_and_centre_crop():
+    mask = np.zeros((90, 120), np.uint8)
+    mask[30:60, 50:90] = 1
+    image = Image.fromarray(np.stack([mask * 255] * 3, -1))
+    class One:
+        def read(self, i):
+            return image, Image.fromarray(mask)
+    view = data.View(One(), [0], torch.arange(256, dtype=torch.uint8), data.train_transform(48))
+    places = set()
+    for seed in range(8):
+        x, y = view[0, seed]
+        assert x.shape == (3, 48, 48) and y.shape == (48, 48) and y.dtype == torch.uint8 and x.dtype == torch.float32
+        assert type(x) is torch.Tensor and type(y) is torch.Tensor
+        bright = data.denormalise(x)[0] > 127
+        assert (bright == (y == 1)).float().mean() > 0.93   # bilinear against nearest differ at the rim
+        places.add(tuple(y.flatten().tolist()))
+        torch.testing.assert_close(x, view[0, seed][0], rtol=0, atol=0)        # the seed decides alone
+    assert len(places) == 8
+    x, y = data.View(One(), [0], torch.arange(256, dtype=torch.uint8), data.test_transform(45))[0, 0]
+    assert y.shape == (45, 45)
+    assert y[15:30, 18:37].float().mean() > 0.95 and y.sum() < 21 * 16         # at half size: rows 15-30, columns 18-38
+
+
+def test_normalisation_is_imagenets_and_denormalise_undoes_it():
+    pixels = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
+    x = seginversion.normalised(pixels, "cpu")
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(x, (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    assert torch.equal(data.denormalise(x), pixels)
+
+
+def test_fakes_follow_the_real_images_in_a_view_with_background_labels(tmp_path):
+    Image.new("RGB", (16, 16), (255, 0, 0)).save(tmp_path / "f.png")
+    view = data.View(data.Shapes("val"), [3], data.label_map([[1]], 0, "train"), data.train_transform(16), [tmp_path / "f.png"])
+    image, target = view[1, 5]
+    assert target.sum() == 0 and torch.equal(data.denormalise(image), torch.tensor([255, 0, 0], dtype=torch.uint8)
+                                             .view(3, 1, 1).expand(3, 16, 16))
+
+
+def test_train_batches_hold_the_asked_proportion_and_show_every_image_equally_often():
+    batches = list(data.train_batches(10, 4, 5, 3, iterations=8, seed=1))
+    real = [p for batch in batches for p, _ in batch if p < 10]
+    fake = [p for batch in batches for p, _ in batch if p >= 10]
+    assert all(sum(p < 10 for p, _ in batch) == 5 and len(batch) == 8 for batch in batches)
+    assert sorted(real) == sorted(list(range(10)) * 4) and sorted(fake) == sorted([10, 11, 12, 13] * 6)
+    assert len({s for batch in batches for _, s in batch}) == 64               # every crop its own seed
+    assert batches != list(data.train_batches(10, 4, 5, 3, iterations=8, seed=2))
+
+
+def test_train_batches_go_on_where_they_stopped_and_ranks_share_them():
+    whole = list(data.train_batches(10, 4, 4, 4, iterations=6, seed=1))
+    assert list(data.train_batches(10, 4, 4, 4, iterations=6, seed=1, start=2)) == whole[2:]
+    ranks = [list(data.train_batches(10, 4, 4, 4, iterations=6, seed=1, rank=r, world=2)) for r in (0, 1)]
+    for batch, a, b in zip(whole, *ranks):
+        assert sorted(a + b) == sorted(batch) and len(a) == len(b)
+        assert sum(p < 10 for p, _ in a) == 2               # half real, half fake on each
+    assert len(list(data.train_batches(2, 0, 6, 0, iterations=3, seed=1))) == 3    # fewer images than the batch
+
+
+def test_the_palette_is_vocs():
+    assert data.palette()[[0, 1, 2, 3, 15, 20, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192]]
+
+
+# -------------------------------------------------------------------------------------------- eval.py
+
+def test_confusion_matrix_against_a_loop_with_void_left_out():
+    prediction, target = torch.randint(4, (2, 5, 6)), torch.randint(4, (2, 5, 6))
+    target[0, 0] = 255
+    naive = torch.zeros(4, 4, dtype=torch.int64)
+    for p, t in zip(prediction.flatten().tolist(), target.flatten().tolist()):
+        if t != 255:
+            naive[t, p] += 1
+    assert torch.equal(evaluation.confusion_matrix(prediction, target.to(torch.uint8), 4), naive)
+
+
+def test_iou_by_hand_and_nan_only_for_classes_that_are_nowhere():
+    confusion = torch.tensor([[6, 2, 0, 1], [1, 3, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    values = evaluation.iou(confusion)
+    assert values[:2].tolist() == pytest.approx([6 / 10, 3 / 6])
+    assert values[2].isnan() and values[3] == 0             # class 3 was predicted, but is not there
+
+
+def test_summarize_prints_the_three_conventions_of_the_papers_tables():
+    # IoU: background 0.8, classes 0.5, 0.25 (step 0), 0.2 (step 1), 0.1 (step 2), from pure counts
+    confusion = torch.zeros(5, 5, dtype=torch.int64)
+    for c, (tp, missed) in enumerate([(8, 2), (5, 5), (1, 3), (1, 4), (1, 9)]):
+        confusion[c, c] = tp
+        confusion[c, 0] += missed if c else 0
+    confusion[0, 0] = 84                                    # 84 / (84 + 21) = 0.8
+    assert evaluation.iou(confusion).tolist() == pytest.approx([0.8, 0.5, 0.25, 0.2, 0.1])
+    result = evaluation.summarize(confusion, [[1, 2], [3], [4]])
+    excluded, inside, mixed = result.values()
+    assert (excluded["old"], excluded["new"], excluded["all"]) == pytest.approx((0.375, 0.15, 1.05 / 4))
+    assert (inside["old"], inside["new"], inside["all"]) == pytest.approx((1.55 / 3, 0.15, 1.85 / 5))
+    assert (mixed["old"], mixed["new"], mixed["all"]) == pytest.approx((0.375, 0.15, 1.85 / 5))
+    assert excluded["per_step"] == pytest.approx([0.375, 0.2, 0.1])
+    assert inside["per_step"] == pytest.approx([1.55 / 3, 0.2, 0.1])
+
+
+def test_summarize_leaves_out_classes_without_ground_truth_and_stops_where_the_matrix_stops():
+    confusion = torch.tensor([[0, 0, 0], [1, 1, 2], [0, 0, 4]])               # ADE: background never scored
+    result = evaluation.summarize(confusion, [[1], [2], [3]])
+    for values in result.values():
+        assert values["all"] == pytest.approx((1 / 4 + 4 / 6) / 2)
+    assert result["background excluded"]["per_step"] == pytest.approx([1 / 4, 4 / 6])
+    first = evaluation.summarize(confusion[:2, :2], [[1], [2], [3]])["background excluded"]
+    assert math.isnan(first["new"]) and first["old"] == pytest.approx(1 / 2)
+
+
+def test_the_test_images_of_a_step_show_a_class_learned_so_far():
+    view = evaluation.test_view(None, [[0, 1], [0, 3], [2, 3], [0]], [[1], [2], [3]], 1, 8, "voc")
+    assert view.indices == [0, 2]
+    assert view.table[[0, 1, 2, 3, 255]].tolist() == [0, 1, 2, 255, 255]
+    ade = evaluation.test_view(None, [[0, 1], [0, 3], [2, 3], [0]], [[1], [2], [3]], 1, 8, "ade")
+    assert ade.table[[0, 1, 2, 3, 255]].tolist() == [255, 1, 2, 255, 255]
+
+
+# ----------------------------------------------------------------------------------- seginversion.py, Eq. 2
+
+def test_total_variation_is_the_rms_difference_in_four_directions_value_and_gradient():
+    x = logits(2, 3, 5, 4)
+    naive = 0
+    for image in x:
+        for dy, dx in ((1, 0), (0, 1), (1, 1), (1, -1)):
+            differences = [(image[:, i + dy, j + dx] - image[:, i, j]).square() for i in range(5) for j in range(4)
+                           if 0 <= i + dy < 5 and 0 <= j + dx < 4]
+            naive = naive + torch.stack(differences).mean().sqrt() / 2
+    tv = seginversion.total_variation(x)
+    torch.testing.assert_close(tv, naive)
+    mine, = torch.autograd.grad(tv, x, retain_graph=True)
+    theirs, = torch.autograd.grad(naive, x)
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_the_image_priors_of_flat_and_black_images_are_zero_with_a_zero_gradient():
+    for prior, value in ((seginversion.total_variation, 1.0), (seginversion.rms, 0.0)):
+        x = torch.full((2, 3, 6, 6), value, requires_grad=True)
+        loss = prior(x)
+        loss.backward()
+        assert loss.item() == 0 and (x.grad == 0).all()
+    assert seginversion.rms(torch.full((2, 3, 4, 4), -2.0)).item() == pytest.approx(2)
+
+
+def test_batch_norm_matching_is_the_weighted_mean_of_the_distances_of_all_layers():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)).eval().double()
+    for norm in (net[1], net[4]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    x = logits(3, 3, 6, 7)
+    with seginversion.BatchNormMatching(net, first=10) as matching:
+        net(x)
+        loss = matching.loss()
+    distances, h = [], x
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm2d):
+            flat = h.transpose(0, 1).flatten(1)
+            mean = flat.sum(1) / flat.shape[1]
+            var = (flat - mean[:, None]).square().sum(1) / flat.shape[1]
+            distances.append((mean - layer.running_mean).square().sum().sqrt() + (var - layer.running_var).square().sum().sqrt())
+        h = layer(h)
+    naive = (10 * distances[0] + distances[1]) / 11
+    torch.testing.assert_close(loss, naive)
+    mine, = torch.autograd.grad(loss, x, retain_graph=True)
+    theirs, = torch.autograd.grad(naive, x)
+    torch.testing.assert_close(mine, theirs)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+
+def test_batch_norm_matching_is_zero_when_the_statistics_match_and_leaves_no_hook_after_an_error():
+    net = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    net[0].running_mean.copy_(x.mean((0, 2, 3)))
+    net[0].running_var.copy_(x.var((0, 2, 3), correction=0))
+    with seginversion.BatchNormMatching(net) as matching:
+        net(x)
+        assert matching.loss().item() == pytest.approx(0, abs=1e-5)
+    with pytest.raises(RuntimeError), seginversion.BatchNormMatching(net):
+        raise RuntimeError
+    assert not net[0]._forward_pre_hooks
+
+
+def one_hot(*classes, C=4):
+    return F.one_hot(torch.tensor(classes), C).bool()
+
+
+def test_invert_leaves_the_network_as_it_was():
+    net = tiny((4,)).train()
+    net.body[0].eval()
+    next(net.parameters()).requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    flags = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    state = torch.get_rng_state()
+    x = seginversion.invert(net, one_hot(1, 2), 5.0, size=32, steps=3)
+    assert torch.equal(torch.get_rng_state(), state)        # nor is the global random state touched
+    with pytest.raises(ValueError, match="the network scores"):
+        seginversion.invert(net, one_hot(1, 2, C=7), 5.0, size=32, steps=3)
+    assert ([m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]) == flags
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
+    assert not any(m._forward_pre_hooks for m in net.modules()) and all(p.grad is None for p in net.parameters())
+    assert x.shape == (2, 3, 32, 32) and not x.requires_grad
+
+
+def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images():
+    net, seen = tiny((4,)), []
+    with torch.no_grad():
+        for _ in range(20):
+            net(torch.randn(8, 3, 32, 32))                  # statistics to match
+        net.classifiers[0].weight.mul_(3)
+    x = seginversion.invert(net, one_hot(1, 2, 3, 3), 1.0, size=(32, 48), steps=60,
+                            on_step=lambda i, terms: seen.append(terms))
+    assert x.shape == (4, 3, 32, 48) and len(seen) == 60
+    assert list(seen[0]) == ["cls", "tv", "l2", "bn"]
+    assert seen[-1]["cls"] < 0.5 * seen[0]["cls"]
+    assert sum(seen[-1].values()) < sum(seen[0].values())
+    net.eval()
+    assert scale_aware_aggregation(net(x), 1.0).argmax(1).tolist() == [1, 2, 3, 3]
+    mean, std = torch.tensor(data.MEAN).view(3, 1, 1), torch.tensor(data.STD).view(3, 1, 1)
+    pixels = x * std + mean
+    assert pixels.min() > -1e-5 and pixels.max() < 1 + 1e-5
+
+
+def test_invert_depends_on_its_seed_alone_and_takes_float_targets_and_a_matrix_of_r():
+    net = tiny((4,))
+    r = torch.tensor([[0.5, 1, 5, 10], [20, 0, math.inf, 1]])
+    make = lambda seed, targets: seginversion.invert(net, targets, r, size=32, steps=4, seed=seed)
+    x = make(0, one_hot(1, 2))
+    torch.manual_seed(99)
+    assert torch.equal(x, make(0, one_hot(1, 2)))
+    assert torch.equal(x, make(0, 5.0 * one_hot(1, 2)))     # targets are normalised
+    assert not torch.equal(x, make(1, one_hot(1, 2)))
+    with pytest.raises(ValueError, match="at least one class"):
+        make(0, torch.zeros(2, 4))
+
+
+def test_a_high_r_asks_for_fewer_pixels_than_a_low_r():
+    s = logits(1, 1, 16, 16, scale=1.0)
+    pixels = []                                             # that share the gradient: 256 if all do alike
+    for r in (0, 0.5, 1, 5, 10, 20, math.inf):
+        gradient, = torch.autograd.grad(scale_aware_aggregation(s, r).sum(), s)
+        pixels.append(1 / gradient.square().sum().item())
+    assert pixels[0] == pytest.approx(256) and pixels[-1] == pytest.approx(1)
+    assert all(b < a for a, b in zip(pixels, pixels[1:])) and pixels[3] < 30
+
+
+def test_classification_loss_is_softmax_cross_entropy_to_shared_targets():
+    scores, targets = logits(3, 5), torch.tensor([[0, 1.0, 0, 0, 0], [0.5, 0, 0, 0.5, 0], [0, 0, 1 / 3, 1 / 3, 1 / 3]]).double()
+    torch.testing.assert_close(seginversion.classification_loss(scores, targets).mean(), F.cross_entropy(scores, targets))
+
+
+@pytest.mark.parametrize("num_images, num_classes, most", [(64, 15, 3), (7, 4, 3), (50, 2, 3), (9, 1, 3), (33, 20, 1)])
+def test_every_old_class_is_asked_for_equally_often(num_images, num_classes, most):
+    targets = seginversion.balanced_targets(num_images, num_classes, seed=3, most=most)
+    assert len(targets) == num_images
+    assert all(1 <= len(t) <= min(most, num_classes) and t == sorted(set(t)) for t in targets)
+    counts = np.bincount(sum(targets, []), minlength=num_classes + 1)[1:]
+    assert counts.max() - counts.min() <= 1 and len(counts) == num_classes
+    if num_images > 20 and most > 1 and num_classes > 2:
+        assert {len(t) for t in targets} == {1, 2, 3}
+
+
+def make_fakes(folder, **options):
+    return seginversion.synthesize(tiny((4,)), folder, 10, **{**dict(size=32, batch_size=4, seed=5, steps=2), **options})
+
+
+def test_synthesize_fills_a_folder_and_a_manifest_that_says_what_is_in_it(tmp_path):
+    paths = make_fakes(tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == [p.name for p in paths] == [f"{i:05d}.png" for i in range(10)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([p.name for p in paths] + ["manifest.jsonl", "plan.json"])
+    for line in lines:
+        assert line["classes"][0] == 0 and 1 <= len(line["classes"]) - 1 <= 3
+        assert len(line["r"]) == len(line["found"]) == len(line["classes"])
+        assert all(float(r) in seginversion.R_CHOICES for r in line["r"])
+        assert all(math.isfinite(line[k]) for k in ("cls", "tv", "bn_batch"))
+    assert len({line["seed"] for line in lines}) == 3       # one a batch
+    assert all(Image.open(p).size == (32, 32) for p in paths)
+
+
+def test_synthesize_goes_on_at_the_first_missing_batch_to_the_same_manifest_and_images(tmp_path, monkeypatch):
+    whole = make_fakes(tmp_path / "whole")
+    calls, real_invert = [], seginversion.invert
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real_invert(*args, **kwargs)
+    monkeypatch.setattr(seginversion, "invert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_fakes(tmp_path / "parts")
+    assert not (tmp_path / "parts/manifest.jsonl").exists()
+    parts = make_fakes(tmp_path / "parts")
+    assert len(calls) == 4                                  # batches 0, 1, the broken 2, and 2 again
+    make_fakes(tmp_path / "parts")
+    assert len(calls) == 4                                  # nothing left to do
+    assert (tmp_path / "parts/manifest.jsonl").read_text() == (tmp_path / "whole/manifest.jsonl").read_text()
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(whole, parts))
+
+
+def test_synthesize_refuses_a_folder_of_other_fakes(tmp_path):
+    make_fakes(tmp_path)
+    with pytest.raises(InputError, match=r"other settings \(steps\)"):
+        make_fakes(tmp_path, steps=3)
+    with pytest.raises(InputError, match=r"other settings \(model\)"):
+        seginversion.synthesize(tiny((4,), seed=1), tmp_path, 10, size=32, batch_size=4, seed=5, steps=2)
+
+
+def test_synthesize_stops_on_a_loss_that_is_not_finite(tmp_path):
+    net = tiny((4,))
+    with torch.no_grad():
+        net.body[0][0].weight.fill_(math.inf)
+    with pytest.raises(FloatingPointError, match="batch 0"):
+        seginversion.synthesize(net, tmp_path, 4, size=32, steps=2)
+
+
+def test_parse_r():
+    assert [seginversion.parse_r(t) for t in ("random", "avg", "max", "0.5", "20")] == [None, 0, math.inf, 0.5, 20]
+
+
+# ---------------------------------------------------------------------------------- train.py, end to end
+
+COMMON = "--dataset folder --task 1-1 --backbone tiny --pretrained none --crop 32 --batch-size 4 --fake-steps 2 --num-fakes 8 --fake-batch 4 --workers 0"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run, three steps of one class with fakes, and its data."""
+    root = tmp_path_factory.mktemp("run")
+    make_folder(root / "data", train=24, val=8)
+    train.main(f"{COMMON} --data-root {root}/data --epochs 2 --out {root}/run".split())
+    return root
+
+
+def same_weights(a, b):
+    x, y = (torch.load(p, weights_only=True)["model"] for p in (a, b))
+    return all(torch.equal(x[k], y[k]) for k in x) and x.keys() == y.keys()
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    run = finished / "run"
+    names = {p.name for p in run.iterdir()}
+    assert names == {"settings.json", "log.jsonl", "results.json", "predictions.png"} | {
+        f"step-{t}.{e}" for t in range(3) for e in ("pth", "json")} | {f"fakes-step-{t}{e}" for t in (1, 2) for e in ("", ".png")}
+    strict = lambda text: json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    log = [strict(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert "command" in log[0]
+    losses = [line for line in log if "iteration" in line]
+    assert {"loss", "kd", "seg", "images/s", "eta", "data_wait", "lr"} <= losses[-1].keys()
+    assert losses[-1]["loss"] == pytest.approx(losses[-1]["kd"] + losses[-1]["seg"], rel=1e-3)
+    assert "kd" not in losses[0] and losses[0]["step"] == 0
+    results = strict((run / "results.json").read_text())
+    assert len(results["steps"]) == 3 and set(results["final"]) == set(evaluation.CONVENTIONS)
+    assert results["steps"][2]["seconds"].keys() == {"seginversion", "training", "evaluation"}
+    assert list(results["steps"][1]["iou"]) == ["background", "cat", "dog"]
+    assert results["settings"]["crop"] == 32 and results["versions"]["torch"] == torch.__version__
+    assert [len(s["confusion"]) for s in results["steps"]] == [2, 3, 4]
+    assert model.load_model(run / "step-2.pth")[1]["classes"] == ["background", "cat", "dog", "cow"]
+
+
+def test_resume_equals_uninterrupted_also_in_the_middle_of_an_epoch_and_of_a_synthesis(finished, tmp_path, monkeypatch):
+    command = f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run".split()
+    stops = {("hrhf", 9), ("invert", 2), ("hrhf", 30), ("evaluate", 3)}
+    calls = {"hrhf": 0, "invert": 0, "evaluate": 0}
+    def stopping(module, name):
+        real = getattr(module, name)
+        def wrapper(*args, **kwargs):
+            calls[name] += 1
+            if (name, calls[name]) in stops:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+        monkeypatch.setattr(module, name, wrapper)
+    stopping(train, "hrhf"), stopping(seginversion, "invert"), stopping(train, "evaluate")
+    interruptions = 0
+    for _ in range(len(stops) + 1):
+        try:
+            train.main(command)
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == len(stops) and (tmp_path / "run/results.json").exists()
+    for t in range(3):
+        assert same_weights(finished / f"run/step-{t}.pth", tmp_path / f"run/step-{t}.pth")
+    old, new = (json.loads((r / "run/results.json").read_text()) for r in (finished, tmp_path))
+    assert [s["confusion"] for s in old["steps"]] == [s["confusion"] for s in new["steps"]]
+    assert old["final"] == new["final"]
+
+
+def test_a_run_folder_with_other_settings_is_refused_with_their_names(finished, capsys):
+    with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
+        train.main(f"{COMMON} --data-root {finished}/data --epochs 2 --lam 0.5 --r max --out {finished}/run".split())
+    assert stop.value.code == 2
+    sentence = capsys.readouterr().err
+    assert "--lam is 1.0 there and 0.5 here" in sentence and "--r is random there and max here" in sentence
+    assert "--epochs" not in sentence
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_named_terms(finished, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
+        train.main(f"{COMMON} --data-root {finished}/data --epochs 9 --lr0 1e30 --out {tmp_path}/run".split())
+    assert stop.value.code == 2
+    assert re.match(r"train.py: step 0, iteration \d+ of \d+: a loss is not finite .*\{'seg': (nan|inf)\}", capsys.readouterr().err)
+    assert not (tmp_path / "run/step-0.pth").exists()
+
+
+@pytest.mark.parametrize("flags", ["--fake none", "--fake noise", "--amp", "--r avg --real-fake 2:1 --lam 0", "--void ignore --init random",
+                                   "--setting overlapped --r 5 --real-fake 1:3"])
+def test_every_ablation_flag_runs_and_changes_the_outcome(finished, tmp_path, flags):
+    train.main(f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run {flags}".split())
+    assert (tmp_path / "run/results.json").exists()
+    assert not same_weights(finished / "run/step-2.pth", tmp_path / "run/step-2.pth")
+    pools = len(list((tmp_path / "run").glob("fakes-step-*/manifest.jsonl")))
+    assert pools == (0 if flags == "--fake none" else 2)
+
+
+def test_noise_fakes_are_where_the_inversion_starts(tmp_path):
+    net = tiny((4,))
+    path, = seginversion.synthesize(net, tmp_path, 1, size=32, steps=0, seed=7)
+    seed = json.loads((tmp_path / "manifest.jsonl").read_text())["seed"]
+    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(data.denormalise(noise)[0], torch.from_numpy(np.array(Image.open(path))).movedim(-1, 0))
+
+
+def test_batch_parts_and_the_paper_scale_defaults():
+    args = train.parse("--dataset voc --task 15-1".split())
+    assert (args.backbone, args.pretrained, args.crop, args.batch_size, args.epochs, args.epochs0) == (
+        "resnet101", "imagenet", 512, 24, 30, 30)
+    assert (args.lr0, args.lr, args.lam, args.fake_batch, args.fake_steps, args.fake_lr) == (1e-2, 1e-3, 1, 16, 1000, 0.25)
+    assert train.parse(["--dataset", "ade"]).epochs == 60
+    assert train.parse([]).task == "15-1" and train.parse([]).dataset == "shapes"
+    assert train.parse("--crop 32".split()).crop == 32      # a flag beats the data set's own default
+    assert train.batch_parts(args, 0) == (24, 0) and train.batch_parts(args, 1) == (12, 12)
+    for ratio, parts in (("1:2", (8, 16)), ("2:1", (16, 8))):
+        args.real_fake = ratio
+        assert train.batch_parts(args, 1) == parts
+    args.fake = "none"
+    assert train.batch_parts(args, 1) == (24, 0)
+
+
+def test_autocast_is_bfloat16_on_the_cpu_and_the_loss_terms_stay_float32():
+    cpu = torch.device("cpu")
+    net, teacher = tiny((3, 1)), tiny((3,)).eval()
+    batch = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.uint8)
+    with evaluation.autocast(cpu, True):
+        assert net(batch[0]).dtype == torch.bfloat16
+        assert all(term.dtype == torch.float32 for term in distill.hrhf(net, teacher, batch).values())
+    with evaluation.autocast(cpu, False):
+        assert net(batch[0]).dtype == torch.float32
+
+
+def run_script(*command, **environment):
+    """A script in its own process, as a user starts it. Returns (exit code, stdout, stderr)."""
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_the_command_line_runs_a_whole_task_with_two_processes(finished, tmp_path):
+    code, out, err = run_script(*TORCHRUN, "train.py", *COMMON.split(), "--data-root", f"{finished}/data", "--epochs", "2",
+                                "--setting", "overlapped", "--out", f"{tmp_path}/run")
+    assert code == 0, err
+    assert out.rstrip().splitlines()[-3].startswith("| background excluded |")
+    assert sum('"command"' in line for line in out.splitlines()) == 1              # rank 0 alone speaks
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["processes"] == 2 and len(results["steps"]) == 3
+    # two ranks score what one would: eval.py, one process, on the same checkpoints
+    code, out, err = run_script(sys.executable, "eval.py", f"{tmp_path}/run")
+    assert code == 0, out + err
+    assert out.count("exactly as recorded") == 3
+
+
+def test_eval_scores_a_run_again_to_the_same_numbers_and_says_so_if_not(finished, tmp_path, capsys):
+    evaluation.main([f"{finished}/run"])
+    assert capsys.readouterr().out.count("exactly as recorded") == 3
+    for path in (finished / "run").glob("step-*.pth"):
+        (tmp_path / path.name).symlink_to(finished / "run/step-0.pth" if path.name == "step-0.pth" else path)
+    results = json.loads((finished / "run/results.json").read_text())
+    results["steps"][1]["confusion"][0][0] += 1
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "settings.json").write_text((finished / "run/settings.json").read_text())
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(tmp_path)])
+    assert stop.value.code == 1 and "step 1: differs" in capsys.readouterr().out
+
+
+def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished, tmp_path):
+    Image.new("RGB", (50, 31), (10, 200, 90)).save(tmp_path / "odd.png")
+    evaluation.main([f"{finished}/run", "--predict", f"{finished}/data/JPEGImages", f"{tmp_path}/odd.png", "--out", f"{tmp_path}/d"])
+    assert len(list((tmp_path / "d").glob("*-mask.png"))) == len(list((tmp_path / "d").glob("*-overlay.png"))) == 33
+    mask = Image.open(tmp_path / "d/odd-mask.png")
+    assert mask.size == (50, 31) and mask.mode == "P" and max(mask.getdata()) <= 3
+    assert mask.getpalette()[:12] == data.palette()[:4].flatten().tolist()
+    assert Image.open(tmp_path / "d/odd-overlay.png").size == (50, 31)
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["nowhere"], "nowhere: not a run folder"),
+    (["{run}", "--predict", "nowhere.jpg"], "nowhere.jpg: not a readable image"),
+    (["{run}", "--predict", "{run}/fakes-step-1/empty"], "no .jpg, .jpeg or .png in this folder"),
+])
+def test_eval_ends_with_one_sentence_on_bad_input(finished, capsys, arguments, sentence):
+    (finished / "run/fakes-step-1/empty").mkdir(exist_ok=True)
+    with pytest.raises(SystemExit) as stop, data.plain_errors("eval.py"):
+        evaluation.main([a.format(run=finished / "run") for a in arguments] + ["--out", str(finished / "predictions")])
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finished, tmp_path, capsys):
+    command = ["--checkpoint", f"{finished}/run/step-2.pth", "--out", f"{tmp_path}/figure.png", "--images", "4"]
+    seginversion.main([*command, "--classes", "cat,cow", "--r", "0.5,5,max", "--steps", "3"])
+    assert Image.open(tmp_path / "figure.png").size == (3 * 34 + 2, 8 * 34 + 2 + 14)
+    with pytest.raises(InputError, match="--classes zebra: unknown to this checkpoint, which knows cat, dog, cow"):
+        seginversion.main([*command, "--classes", "cat,zebra"])
+    with pytest.raises(InputError, match="no such checkpoint"):
+        seginversion.main(["--checkpoint", "nowhere.pth", "--classes", "cat"])
+
+
+# ------------------------------------------------------------------------------- two ranks equal one
+
+def parallel_work(folder, rank, world):
+    """What must not depend on the number of ranks: a score, a pool of fakes, a gradient."""
+    torch.set_num_threads(1)
+    net, teacher = tiny((3, 1)).eval(), tiny((3,), seed=1).eval()
+    shapes = data.load("folder", folder / "data", "val")
+    view = data.View(shapes, range(7), data.label_map([[1, 2], [3]], 1, "test"), data.test_transform(32))
+    confusion = evaluation.evaluate(net, view, 2, torch.device("cpu"), rank=rank, world=world)
+    seginversion.synthesize(teacher, folder / f"fakes-{world}", 10, size=32, batch_size=2, seed=3, rank=rank, world=world, steps=2)
+    student = net.requires_grad_()                          # BatchNorm stays in evaluation mode
+    wrapped = nn.parallel.DistributedDataParallel(student) if world > 1 else student
+    for keys in data.train_batches(8, 0, 4, 0, iterations=1, seed=0, rank=rank, world=world):
+        items = [data.View(data.load("folder", folder / "data", "train"), range(8), data.label_map([[1, 2], [3]], 1, "train"),
+                           data.train_transform(32))[key] for key in keys]
+        batch = [torch.stack(part) for part in zip(*items)]
+        sum(distill.hrhf(wrapped, teacher, batch).values()).backward()
+    torch.save((confusion, [p.grad for p in student.parameters()]), folder / f"work-{rank}-of-{world}.pt")
+
+
+def rank_process(rank, folder):
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/rendezvous")
+    parallel_work(folder, rank, 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_equal_one_in_score_fakes_and_gradient(tmp_path):
+    make_folder(tmp_path / "data", train=8, val=7)
+    torch.multiprocessing.spawn(rank_process, (tmp_path,), nprocs=2)
+    threads = torch.get_num_threads()
+    try:
+        parallel_work(tmp_path, 0, 1)
+    finally:
+        torch.set_num_threads(threads)
+    (one, gradient), *two = [torch.load(tmp_path / f"work-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2")]
+    assert one.sum() > 0
+    for confusion, averaged in two:
+        assert torch.equal(confusion, one)
+        torch.testing.assert_close(averaged, gradient, rtol=1e-4, atol=1e-6)
+    for path in (tmp_path / "fakes-1").iterdir():
+        assert path.read_bytes() == (tmp_path / "fakes-2" / path.name).read_bytes(), path.name
+
+
+# ------------------------------------------------------------------------------------------ README.md
+
+def readme_commands():
+    """Every command of ours in README.md's code blocks, without what a shell does around it."""
+    blocks = re.findall(r"```(?:sh|bash)?\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    table = re.findall(r"`((?:python|torchrun) [^`]*\.py[^`]*)`", (HERE / "README.md").read_text())
+    lines = [part for block in blocks for line in block.replace("\\\n", " ").splitlines() for part in line.split("&&")] + table
+    found = [re.search(r"(\w+)\.py(.*)", line.split("#")[0]) for line in lines]
+    return sorted({(m[1], m[2].strip()) for m in found if m and (HERE / f"{m[1]}.py").exists()})
+
+
+def test_every_command_in_the_readme_parses():
+    scripts = {"train": train, "eval": evaluation, "seginversion": seginversion, "data": data}
+    commands = readme_commands()
+    assert len(commands) >= 15 and {script for script, _ in commands} == set(scripts)
+    for script, arguments in commands:
+        try:
+            args = scripts[script].parse(shlex.split(arguments))
+        except SystemExit:
+            pytest.fail(f"{script}.py {arguments}")
+        if script == "train":
+            train.batch_parts(args, 1)
+
+
+def test_the_readmes_file_map_names_the_files_that_are_there():
+    listed = set(re.findall(r"^\| `(\w+\.py)`", (HERE / "README.md").read_text(), re.M))
+    assert listed == {p.name for p in HERE.glob("*.py")}
+
+
+@real_data
+@pytest.mark.parametrize("dataset, task, classes", [("voc", "15-1", 21), ("ade", "100-50", 151)])
+def test_the_official_layouts_load_from_real_files(tmp_path, dataset, task, classes):
+    for name in ("VOCdevkit/VOC2012", "ADEChallengeData2016"):
+        for source in (SHARED / "data" / name).iterdir():
+            (tmp_path / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / source.name).symlink_to(source)     # so that the scan's cache stays out of there
+    real = data.load(dataset, tmp_path, "train")
+    assert len(real.classes) == classes and {"voc": 183, "ade": 2}[dataset] == len(real)
+    assert all(0 <= c < classes or c == 255 for ids in real.labels() for c in ids)
+    image, target = data.View(real, [0], data.label_map(data.task_steps(task, classes - 1), 0, "train"),
+                              data.train_transform(64))[0, 0]
+    assert image.shape == (3, 64, 64) and target.max() < classes

@@ -41,8 +41,8 @@ DATASET_DEFAULTS = {
     "voc": {"task": "15-1"},
     "ade": {"task": "100-50", "epochs": 60},
     "folder": {},
-    "shapes": {"task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "epochs0": 20, "epochs": 12,
-               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_steps": 100, "fake_lr": 0.1, "workers": 0},
+    "shapes": {"task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "epochs0": 14, "epochs": 12,
+               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1, "fake_steps": 150, "tv": 2.0, "bn": 3.0, "workers": 0},
 }
 
 
@@ -74,6 +74,7 @@ def parse(argv=None):
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
     a("--num-fakes", type=int, help="per step; default: as many as the step has real images, at most 1024")
     a("--fake-batch", type=int, default=16, help="images inverted together; lower it if memory runs out")
+    a("--fake-classes", type=int, default=3, help="most foreground classes in one fake (paper's Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes are noisy")
@@ -87,7 +88,7 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
-    for name in ("crop", "batch_size", "epochs", "epochs0", "fake_batch", "fake_steps", "num_fakes", "max_iters"):
+    for name in ("crop", "batch_size", "epochs", "epochs0", "fake_batch", "fake_classes", "fake_steps", "num_fakes", "max_iters"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     parse_r(args.r)
@@ -150,6 +151,12 @@ def claim(run, args):
         write_atomically(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
 
 
+def strict_json(value, digits=17):
+    """JSON with null for nan and inf, which JSON does not have, and floats of so many digits."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None,
+                                 parse_float=lambda text: float(f"{float(text):.{digits}g}")))
+
+
 class Log:
     """One JSON line an event, the same to screen and log.jsonl; rank 0 only."""
 
@@ -158,7 +165,7 @@ class Log:
 
     def __call__(self, **event):
         if self.file:
-            line = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in event.items()})
+            line = strict_json(event, digits=4)
             print(line, flush=True)
             print(line, file=self.file, flush=True)
 
@@ -223,8 +230,9 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
                                          f"(means over the last {count}): {means}; try a lower learning rate")
             now = time.monotonic()
             log(step=step, iteration=iteration, of=iterations, loss=sum(means.values()), **means,
-                lr=scheduler.get_last_lr()[0], data_wait=waited / (now - since), **{"images/s": count * args.batch_size / (now - since)},
-                eta=(now - began) / (iteration - start) * (iterations - iteration))
+                lr=scheduler.get_last_lr()[0], data_wait=waited / (now - since),
+                eta=(now - began) / (iteration - start) * (iterations - iteration),
+                **{"images/s": count * args.batch_size / (now - since)})
             sums, count, waited, since = {}, 0, 0.0, now
         if epoch_ends and rank == 0:
             write_atomically(last, lambda p: torch.save({
@@ -289,7 +297,7 @@ def main(argv=None):
                     number = math.ceil(number / args.fake_batch) * args.fake_batch
                     fakes = synthesize(
                         teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch, r=args.r,
-                        seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
+                        most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
                         report=lambda event: log(step=step, phase="seginversion", **event),
                         **{**inversion, **({"steps": 0} if args.fake == "noise" else {})})
                     if rank == 0:
@@ -316,7 +324,8 @@ def main(argv=None):
         if rank == 0:
             if step == len(steps) - 1:
                 save_predictions(model, view, run / "predictions.png", device)
-            write_atomically(record, lambda p: p.write_text(json.dumps({"confusion": confusion.tolist(), "seconds": seconds})))
+            write_atomically(record, lambda p: p.write_text(strict_json(
+                {"confusion": confusion.tolist(), "seconds": seconds})))
             log(step=step, **summarize(confusion, steps)["background excluded"], seconds=seconds)
 
     if rank == 0:
@@ -334,7 +343,7 @@ def write_results(run, args, steps, classes, world, device):
     results = {"settings": vars(args), "processes": world, "device": str(device),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__},
                "final": summarize(confusion, steps), "steps": records}
-    write_atomically(run / "results.json", lambda p: p.write_text(json.dumps(results)))
+    write_atomically(run / "results.json", lambda p: p.write_text(strict_json(results)))
     print(f"\n{args.dataset} {args.task} {args.setting}, after step {len(steps) - 1} ({run / 'results.json'}):")
     print(table(results["final"], PAPER.get((args.dataset, args.task, args.setting))))
 
