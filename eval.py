@@ -200,6 +200,9 @@ def main(argv=None):
             if not inside:
                 raise InputError(f"--predict {path}: no .jpg, .jpeg or .png in this folder")
             paths += inside
+        stems = [path.stem for path in paths]
+        if twice := next((s for s in stems if stems.count(s) > 1), None):
+            raise InputError(f"--predict: two pictures are called {twice}; predict them into two --out folders")
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for path in paths:

@@ -4,6 +4,7 @@ pytest                     # every formula against an independent oracle, then t
 No downloads, no GPU. Sizes are tiny; the code under test is the code that runs at full size.
 """
 import copy
+import hashlib
 import json
 import math
 import os
@@ -434,9 +435,8 @@ def test_ade_splits_at_full_scale():
         parts = [data.partition_indices(labels, steps, t) for t in range(len(steps))]
         assert sorted(sum(parts, [])) == [i for i, ids in enumerate(labels) if set(ids) - {0}]
         assert len(sum(parts, [])) == 20196
-        for t, part in enumerate(parts):
-            for c in steps[t]:                              # MiB warns below half of a class's images
-                assert sum(c in labels[i] for i in part) >= 50
+        for t, part in enumerate(parts):                    # 41: also the rarest class's number in MiB's lists
+            assert min(sum(c in labels[i] for i in part) for c in steps[t]) >= 41
     folder = SHARED / "oracles/mib-ade/100-10"
     assert [len(data.read_split(folder, t, 20210)) for t in range(6)] == [13452, 1130, 1200, 1366, 1550, 1498]
 
@@ -485,14 +485,11 @@ def test_label_map_numbers_channels_in_the_order_of_learning():
 def test_shapes_are_the_same_pixels_on_every_machine_and_hold_20_classes():
     shapes = data.Shapes("val")
     image, mask = shapes.read(0)
-    total = sum(int(np.asarray(part, np.int64).sum()) for i in range(20) for part in shapes.read(i))
+    digest = hashlib.sha256(b"".join(np.asarray(part).tobytes() for i in range(20) for part in shapes.read(i))).hexdigest()
     assert image.size == mask.size == (64, 64) and image.mode == "RGB"
     assert len(shapes.classes) == 21 and len(set(shapes.classes)) == 21
     assert {c for ids in shapes.labels() for c in ids} == set(range(21))
-    assert total == SHAPES_CHECKSUM
-
-
-SHAPES_CHECKSUM = 0
+    assert digest.startswith("db7450e1df426a1a")
 
 
 def make_folder(root, train=6, val=4, classes=4, size=(40, 36)):
@@ -852,7 +849,7 @@ def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images():
         for _ in range(20):
             net(torch.randn(8, 3, 32, 32))                  # statistics to match
         net.classifiers[0].weight.mul_(3)
-    x = seginversion.invert(net, one_hot(1, 2, 3, 3), 1.0, size=(32, 48), steps=60,
+    x = seginversion.invert(net, one_hot(1, 2, 3, 3), 1.0, size=(32, 48), steps=60, tv=0.1, bn=0.1,
                             on_step=lambda i, terms: seen.append(terms))
     assert x.shape == (4, 3, 32, 48) and len(seen) == 60
     assert list(seen[0]) == ["cls", "tv", "l2", "bn"]
@@ -1004,7 +1001,7 @@ def test_a_run_leaves_everything_it_promises(finished):
 
 def test_resume_equals_uninterrupted_also_in_the_middle_of_an_epoch_and_of_a_synthesis(finished, tmp_path, monkeypatch):
     command = f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run".split()
-    stops = {("hrhf", 9), ("invert", 2), ("hrhf", 30), ("evaluate", 3)}
+    stops = {("hrhf", 4), ("invert", 2), ("hrhf", 12), ("evaluate", 2)}      # two of them inside an epoch
     calls = {"hrhf": 0, "invert": 0, "evaluate": 0}
     def stopping(module, name):
         real = getattr(module, name)
@@ -1134,7 +1131,7 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
     evaluation.main([f"{finished}/run", "--predict", f"{finished}/data/JPEGImages", f"{tmp_path}/odd.png", "--out", f"{tmp_path}/d"])
     assert len(list((tmp_path / "d").glob("*-mask.png"))) == len(list((tmp_path / "d").glob("*-overlay.png"))) == 33
     mask = Image.open(tmp_path / "d/odd-mask.png")
-    assert mask.size == (50, 31) and mask.mode == "P" and max(mask.getdata()) <= 3
+    assert mask.size == (50, 31) and mask.mode == "P" and np.asarray(mask).max() <= 3
     assert mask.getpalette()[:12] == data.palette()[:4].flatten().tolist()
     assert Image.open(tmp_path / "d/odd-overlay.png").size == (50, 31)
 

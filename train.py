@@ -42,7 +42,7 @@ DATASET_DEFAULTS = {
     "ade": {"task": "100-50", "epochs": 60},
     "folder": {},
     "shapes": {"task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "epochs0": 14, "epochs": 12,
-               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1, "fake_steps": 150, "tv": 2.0, "bn": 3.0, "workers": 0},
+               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1, "fake_steps": 100, "tv": 2.0, "bn": 3.0, "workers": 1},
 }
 
 
