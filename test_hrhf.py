@@ -848,7 +848,7 @@ def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images():
     with torch.no_grad():
         for _ in range(20):
             net(torch.randn(8, 3, 32, 32))                  # statistics to match
-        net.classifiers[0].weight.mul_(3)
+        net.classifiers[0].weight.mul_(20)
     x = seginversion.invert(net, one_hot(1, 2, 3, 3), 1.0, size=(32, 48), steps=60, tv=0.1, bn=0.1,
                             on_step=lambda i, terms: seen.append(terms))
     assert x.shape == (4, 3, 32, 48) and len(seen) == 60
