@@ -35,6 +35,9 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
                "horse motorbike person pottedplant sheep sofa train tvmonitor").split()
 
 
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)      # PIL says SyntaxError for a broken PNG
+
+
 class InputError(ValueError):
     """Bad input. One sentence for the user; the scripts print it and exit with code 2."""
 
@@ -47,8 +50,30 @@ def plain_errors(program):
     except (InputError, FloatingPointError) as error:
         # An error in a loader's worker arrives with the worker's traceback in front.
         sentence = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-        print(f"{program}: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except OSError as error:
+        sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    else:
+        return
+    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def read_json(path, expected):
+    """A JSON object with at least the keys of `expected` (name -> type), or InputError naming the file."""
+    try:
+        value = json.loads(Path(path).read_text())
+        if all(isinstance(value[key], kind) for key, kind in expected.items()):
+            return value
+    except FileNotFoundError:
+        raise InputError(f"{path}: not there; train.py writes it") from None
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise InputError(f"{path}: damaged; remove it and what it belongs to, then run train.py again")
+
+
+def default_workers():
+    """Loader processes for each of the processes that torchrun starts on this machine."""
+    return min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def derive_seed(*numbers):
@@ -134,8 +159,10 @@ def read_split(split_dir, step, num_images):
     path = Path(split_dir) / f"train-{step}.npy"
     try:
         indices = np.load(path)
-        indices = sorted(set(indices.astype(int).tolist()))
-    except (OSError, ValueError, TypeError) as error:
+        if not np.issubdtype(indices.dtype, np.integer):
+            raise TypeError("not integers")
+        indices = sorted(set(indices.tolist()))
+    except (OSError, ValueError, TypeError, AttributeError, EOFError) as error:
         raise InputError(f"--split-dir: cannot read {path} ({error})") from None
     if not indices or indices[0] < 0 or indices[-1] >= num_images:
         raise InputError(f"--split-dir: {path} must hold indices from 0 to {num_images - 1}, "
@@ -178,7 +205,7 @@ def scan_file(image_path, mask_path, num_classes):
     mask = read_mask(mask_path)
     try:
         size = Image.open(image_path).size                  # reads the header only
-    except OSError as error:
+    except UNREADABLE as error:
         raise InputError(f"{image_path}: not a readable image ({error})") from None
     if size != mask.size:
         raise InputError(f"{mask_path}: the mask is {mask.size[0]} x {mask.size[1]} pixels, "
@@ -194,7 +221,7 @@ def read_mask(path):
     try:
         mask = Image.open(path)
         mask.load()
-    except (OSError, SyntaxError) as error:                 # PIL says SyntaxError for a broken PNG
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable mask ({error})") from None
     if mask.mode not in ("P", "L"):
         raise InputError(f"{path}: the mask has mode {mask.mode}, expected one 8-bit channel of class ids (P or L)")
@@ -203,8 +230,11 @@ def read_mask(path):
 
 def read_image(path):
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:
+        image = Image.open(path)
+        if image.mode.startswith(("I", "F")):
+            raise InputError(f"{path}: the image has more than 8 bits a channel; convert it to 8-bit RGB")
+        return image.convert("RGB")
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable image ({error})") from None
 
 
@@ -256,22 +286,41 @@ class Files:
 
 def voc_layout(root, classes, list_name, mask_folder):
     """VOC's folders: ids one a line, or MiB's two columns "/JPEGImages/x.jpg /SegmentationClassAug/x.png"."""
-    list_path = root / "ImageSets" / "Segmentation" / f"{list_name}.txt"
-    try:
-        lines = [line.split() for line in list_path.read_text().splitlines() if line.strip()]
-        image_of_id = {p.stem: p for p in sorted((root / "JPEGImages").iterdir())}
-    except OSError as error:
-        raise InputError(f"{error.filename}: not found; see 'Data' in README.md for the layout") from None
+    lines = read_lines(root / "ImageSets" / "Segmentation" / f"{list_name}.txt")
+    image_of, mask_of = pictures(root / "JPEGImages"), pictures(root / mask_folder)
     images, masks = [], []
     for line in lines:
-        if len(line) == 2:
-            image, mask = (root / column.lstrip("/") for column in line)
+        columns = line.split()
+        if len(columns) == 2 and all("/" in column for column in columns):
+            image, mask = (root / column.lstrip("/") for column in columns)
         else:
-            image = image_of_id.get(line[0], root / "JPEGImages" / f"{line[0]}.jpg")
-            mask = root / mask_folder / f"{line[0]}.png"
+            image = image_of.get(line, root / "JPEGImages" / f"{line}.jpg")
+            mask = mask_of.get(line, root / mask_folder / f"{line}.png")
         images.append(image)
         masks.append(mask)
     return Files(images, masks, classes, root / f".labels-{list_name}.json")
+
+
+def pictures(folder):
+    """name without ending -> path, for the pictures in a folder."""
+    try:
+        return {p.stem: p for p in sorted(folder.iterdir())
+                if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")}
+    except OSError:
+        raise InputError(f"{folder}: not found; see 'Data' in README.md for the layout") from None
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except OSError:
+        raise InputError(f"{path}: not found; see 'Data' in README.md for the layout") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    if not lines:
+        raise InputError(f"{path}: empty")
+    return lines
 
 
 def load(name, root, split):
@@ -286,20 +335,14 @@ def load(name, root, split):
         return voc_layout(root / "VOCdevkit" / "VOC2012", VOC_CLASSES,
                           *{"train": ("train_aug", "SegmentationClassAug"), "val": ("val", "SegmentationClass")}[split])
     if name == "folder":
-        try:
-            classes = [line.strip() for line in (root / "classes.txt").read_text().splitlines() if line.strip()]
-        except OSError:
-            raise InputError(f"{root / 'classes.txt'}: not found; it names one class a line, background first") from None
-        if not 2 <= len(classes) <= VOID:
-            raise InputError(f"{root / 'classes.txt'}: names {len(classes)} classes, "
-                             f"expected 2 to {VOID} with background first")
+        classes = read_lines(root / "classes.txt")
+        if not 2 <= len(set(classes)) == len(classes) <= VOID:
+            raise InputError(f"{root / 'classes.txt'}: expected 2 to {VOID} different names, background first, "
+                             f"got {len(classes)} lines with {len(set(classes))} names")
         return voc_layout(root, classes, split, "SegmentationClass")
     root = root / "ADEChallengeData2016"
     folder = {"train": "training", "val": "validation"}[split]
-    try:
-        images = sorted(p for p in (root / "images" / folder).iterdir() if p.suffix == ".jpg")
-    except OSError as error:
-        raise InputError(f"{error.filename}: not found; see 'Data' in README.md for the layout") from None
+    images = list(pictures(root / "images" / folder).values())
     try:                                                    # a header line, then Idx Ratio Train Val Name
         names = [line.split("\t")[-1].split(",")[0].strip()
                  for line in (root / "objectInfo150.txt").read_text().splitlines()[1:151]]
@@ -453,16 +496,17 @@ def train_batches(num_real, num_fake, real, fake, iterations, seed, start=0, ran
 
 def prepare_voc(root):
     """Download VOC 2012 and SBD; write SegmentationClassAug and train_aug.txt (10,582 images)."""
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        raise InputError("SBD's masks are .mat files: `pip install scipy` first, for this conversion alone") from None
     root = Path(root)
     voc = root / "VOCdevkit" / "VOC2012"
     if not (voc / "ImageSets" / "Segmentation" / "val.txt").is_file():
         datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
     sbd = root / "sbd"
-    try:
-        parts = [datasets.SBDataset(sbd, part, "segmentation", download=not (sbd / "val.txt").is_file())
-                 for part in ("train", "val")]
-    except RuntimeError as error:
-        raise InputError(f"{error} (needed once, to convert SBD's .mat masks)") from None
+    parts = [datasets.SBDataset(sbd, part, "segmentation", download=not (sbd / "val.txt").is_file())
+             for part in ("train", "val")]
     read_list = lambda name: (voc / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
     train, val = read_list("train"), set(read_list("val"))
     target = voc / "SegmentationClassAug"
@@ -505,5 +549,5 @@ if __name__ == "__main__":
     with plain_errors("data.py"):
         try:
             {"voc": prepare_voc, "ade": prepare_ade}[args.dataset](args.data_root)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:                # torchvision says RuntimeError for a broken archive
             raise InputError(f"could not prepare {args.dataset} in {args.data_root}: {error}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks, make_grid, save_image
@@ -85,7 +85,10 @@ def summarize(confusion, steps):
 
 
 def table(summary, paper=None):
-    """A Markdown table of one summary in percent, with the paper's row if there is one."""
+    """A Markdown table of one summary in percent, with the paper's row if there is one.
+
+    The paper's 15-5 and 15-1 overlapped rows have the background in old, its others have it excluded.
+    """
     percent = lambda v: "-" if v != v else f"{100 * v:.1f}"
     rows = ["| mIoU (%) | old | new | all |", "|---|---|---|---|"]
     rows += [f"| {name} | " + " | ".join(percent(s[k]) for k in ("old", "new", "all")) + " |"
@@ -126,7 +129,7 @@ def evaluate(model, view, batch_size, device, workers=0, rank=0, world=1, amp=Fa
 
 def autocast(device, enabled):
     """torch.amp for this device: bfloat16 where it has it (the CPU does), else float16."""
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, dtype=torch.bfloat16 if bf16 else torch.float16, enabled=enabled)
 
 
@@ -167,7 +170,8 @@ def save_predictions(model, view, path, device, count=8):
             logits = model.eval()(image[None].to(device))
         prediction = upsample(logits, target[None]).argmax(1)[0].cpu()
         pictures += [data.denormalise(image), colour(target), colour(prediction)]
-    save_grid(pictures, 3, path)
+    if pictures:
+        save_grid(pictures, 3, path)
 
 
 def parse(argv=None):
@@ -182,14 +186,11 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     run = Path(args.run)
-    try:
-        settings = argparse.Namespace(**json.loads((run / "settings.json").read_text()))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{run}: not a run folder (it has no readable settings.json)") from None
+    settings = argparse.Namespace(**data.read_json(run / "settings.json", {"dataset": str, "task": str, "crop": int}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     if args.predict:
-        checkpoints = sorted(run.glob("step-*.pth"), key=lambda p: int(p.stem.split("-")[1]))
+        checkpoints = sorted(run.glob("step-[0-9]*.pth"), key=lambda p: int(p.stem.split("-")[1]))
         if not checkpoints:
             raise InputError(f"{run}: no finished step to predict with yet")
         model, about = load_model(checkpoints[-1], device)
@@ -203,10 +204,12 @@ def main(argv=None):
         stems = [path.stem for path in paths]
         if twice := next((s for s in stems if stems.count(s) > 1), None):
             raise InputError(f"--predict: two pictures are called {twice}; predict them into two --out folders")
+        if clash := next((p for p in paths if p.resolve().parent == Path(args.out).resolve()), None):
+            raise InputError(f"--out {args.out}: holds {clash.name}, one of the pictures; choose another folder")
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
         for path in paths:
-            image = data.read_image(path)
+            image = ImageOps.exif_transpose(data.read_image(path))              # as a viewer shows a phone's photo
             mask = predict(model, image, about["crop"])
             save_mask(mask, out / f"{path.stem}-mask.png")
             pixels = v2.functional.pil_to_tensor(image)
@@ -219,10 +222,7 @@ def main(argv=None):
             print(f"{path}: {', '.join(about['classes'][k] for k in seen) or 'background only'}")
         return
 
-    try:
-        results = json.loads((run / "results.json").read_text())
-    except (OSError, ValueError):
-        raise InputError(f"{run}: the run has no results.json yet; finish it with train.py first") from None
+    results = data.read_json(run / "results.json", {"steps": list})
     dataset = data.load(settings.dataset, args.data_root or settings.data_root, "val")
     labels = dataset.labels()
     steps = data.task_steps(settings.task, len(dataset.classes) - 1)
@@ -230,7 +230,7 @@ def main(argv=None):
     for step, recorded in enumerate(results["steps"]):
         model, _ = load_model(run / f"step-{step}.pth", device)
         view = test_view(dataset, labels, steps, step, settings.crop, settings.dataset)
-        confusion = evaluate(model, view, settings.batch_size, device, amp=settings.amp)
+        confusion = evaluate(model, view, settings.batch_size, device, data.default_workers(), amp=settings.amp)
         same_step = confusion.tolist() == recorded["confusion"]
         same = same and same_step
         print(f"step {step}: {'exactly as recorded' if same_step else 'differs from results.json'}")

@@ -20,7 +20,7 @@ from data import InputError, write_atomically
 
 SLOPE = 0.01                                                # LeakyReLU slope of activated batch norm
 UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError,     # what torch.load and what
-              RuntimeError, KeyError, ValueError, TypeError, AttributeError)     # uses it say of a wrong file
+              RuntimeError, LookupError, ValueError, TypeError, AttributeError)  # uses it say of a wrong file
 
 
 def norm_act(channels):

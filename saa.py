@@ -32,9 +32,10 @@ def scale_aware_aggregation(scores, r):
     is_mean, is_max = r == 0, torch.isinf(r)
     finite_r = r.masked_fill(is_mean | is_max, 1.0)
 
-    # float64: for a small r the two logarithms nearly cancel, and the map is small anyway.
-    lse = torch.logsumexp(finite_r[..., None] * s.double(), dim=2) - math.log(s.shape[2])
-    y = lse / finite_r                                              # (B, C)
-    y = torch.where(is_mean, s.double().mean(2), y)
-    y = torch.where(is_max, s.double().amax(2), y)
+    s = s.double()          # for a small r the two logarithms nearly cancel, and the map is small anyway
+    top = s.detach().amax(2, keepdim=True)                          # any r times 0 is finite
+    lse = torch.logsumexp(finite_r[..., None] * (s - top), dim=2) - math.log(s.shape[2])
+    y = top[..., 0] + lse / finite_r                                # (B, C)
+    y = torch.where(is_mean, s.mean(2), y)
+    y = torch.where(is_max, s.amax(2), y)
     return y.to(torch.promote_types(scores.dtype, torch.float32))

@@ -217,7 +217,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
             **options, "model": digest.hexdigest()[:16]}
     plan_path, manifest = folder / "plan.json", folder / "manifest.jsonl"
     if plan_path.exists():
-        there = json.loads(plan_path.read_text())
+        there = data.read_json(plan_path, {"seed": int})
         differing = [k for k in plan.keys() | there.keys() if plan.get(k) != there.get(k)]
         if differing:
             raise InputError(f"{folder} holds fakes made with other settings ({', '.join(sorted(differing))}): "
@@ -331,6 +331,11 @@ def main(argv=None):
     wanted = [0] + [names.index(c) for c in args.classes.split(",")]
     targets = torch.zeros(args.images, len(names))
     targets[:, wanted] = 1
+    for name in ("images", "size", "steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
+        raise InputError(f"--out {args.out}: name a picture in a folder that is there")
     options = {**about["inversion"], **({"steps": args.steps} if args.steps else {})}
     columns, texts = [], args.r.split(",")
     for text in texts:

@@ -86,6 +86,14 @@ def test_saa_tends_to_the_mean_for_small_r_in_float32(r):
     torch.testing.assert_close(scale_aware_aggregation(s, r), s.mean((2, 3)), atol=1e-2 if r > 1e-6 else 1e-5, rtol=0)
 
 
+def test_saa_at_a_huge_r_is_the_maximum():
+    s = (torch.randn(1, 2, 8, 8) * 100).requires_grad_()
+    y = scale_aware_aggregation(s, 1e308)
+    torch.testing.assert_close(y, s.amax((2, 3)))
+    y.sum().backward()
+    torch.testing.assert_close(s.grad, (s == s.amax((2, 3), keepdim=True)).float())
+
+
 @pytest.mark.parametrize("magnitude", [1e4, -1e4])
 def test_saa_is_finite_for_products_of_ten_thousand(magnitude):
     s = torch.full((1, 2, 8, 8), magnitude / 20, requires_grad=True)
@@ -556,6 +564,30 @@ def test_ade_is_read_in_sorted_order_with_its_class_names(tmp_path):
     assert data.load("ade", tmp_path, "train").classes[7] == "name7"
 
 
+def test_ids_with_spaces_sidecars_bom_and_other_endings_are_read(tmp_path):
+    root = make_folder(tmp_path)
+    for part, old, new in (("JPEGImages", "train0.jpg", "my cat.JPG"), ("SegmentationClass", "train0.png", "my cat.PNG")):
+        (root / part / old).rename(root / part / new)
+    (root / "JPEGImages/my cat.xml").write_text("<boxes/>")
+    (root / "ImageSets/Segmentation/train.txt").write_bytes(b"\xef\xbb\xbfmy cat\r\ntrain1\r\n")
+    assert data.load("folder", root, "train").labels() == [[0, 1, 255], [0, 2, 255]]
+
+
+def break_image_depth(root):
+    Image.fromarray(np.zeros((40, 36), np.uint16)).save(root / "JPEGImages/train0.png")
+    return r"train0.png: the image has more than 8 bits"
+
+
+def break_list_empty(root):
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n")
+    return r"train.txt: empty"
+
+
+def break_class_twice(root):
+    (root / "classes.txt").write_text("background\ncat\ncat\n")
+    return r"classes.txt: expected 2 to 255 different names"
+
+
 def break_mask_size(root):
     Image.new("L", (5, 5)).save(root / "SegmentationClass/train2.png")
     return r"train2.png: the mask is 5 x 5 pixels, but its image .*train2.jpg is 36 x 40"
@@ -603,7 +635,7 @@ def break_classes(root):
 
 
 BREAKS = [break_mask_size, break_mask_id, break_mask_mode, break_mask_file, break_image_file, break_image_half,
-          break_missing_image, break_list, break_classes]
+          break_missing_image, break_list, break_classes, break_image_depth, break_list_empty, break_class_twice]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -629,7 +661,9 @@ def test_bad_data_ends_with_one_sentence_that_names_the_file_and_exit_code_2(tmp
     ("--real-fake half", "--real-fake half: expected two numbers"),
     ("--r -1", "--r -1: expected random"),
     ("--r big", "--r big: expected random"),
-    ("--crop 0", "--crop 0: must be at least 1"),
+    ("--crop 8", "--crop 8: must be a finite number, at least 16"),
+    ("--lr -1", "--lr -1.0: must be"), ("--lr0 nan", "--lr0 nan: must be"), ("--lam -1", "--lam -1.0: must be"),
+    ("--fake-lr inf", "--fake-lr inf: must be"), ("--seed -1", "--seed -1: must be"), ("--workers -1", "--workers -1: must be"),
     ("--pretrained nowhere.pth --backbone resnet18", "--pretrained nowhere.pth: no such file"),
     ("--split-dir nowhere", "--split-dir: cannot read nowhere/train-0.npy"),
 ])
@@ -1026,6 +1060,71 @@ def test_resume_equals_uninterrupted_also_in_the_middle_of_an_epoch_and_of_a_syn
     assert old["final"] == new["final"]
 
 
+def test_settings_may_change_until_something_is_trained_and_the_data_may_move(finished, tmp_path):
+    command = f"{COMMON} --data-root {finished}/data --epochs 1 --fake none --out {tmp_path}/run"
+    with pytest.raises(InputError, match="no such file"):
+        train.main(command.replace("tiny --pretrained none", "resnet18 --pretrained typo.pth").split())
+    (tmp_path / "run/.last.pth.1.tmp").write_text("left by a killed process")
+    train.main(command.split())
+    assert not (tmp_path / "run/.last.pth.1.tmp").exists()
+    make_folder(tmp_path / "moved", train=24, val=8)
+    train.main(command.replace(f"{finished}/data", f"{tmp_path}/moved").split())
+
+
+def test_finished_steps_copied_into_another_run_folder_are_built_upon(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("step-0.pth", "step-0.json", "step-1.pth", "step-1.json"):
+        (tmp_path / "run" / name).write_bytes((finished / "run" / name).read_bytes())
+    train.main(f"{COMMON} --data-root {finished}/data --epochs 2 --lam 0 --out {tmp_path}/run".split())
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in log if "step" in line} == {2}
+    assert len(json.loads((tmp_path / "run/results.json").read_text())["steps"]) == 3
+
+
+@pytest.mark.parametrize("name, sentence", [
+    ("last.pth", "last.pth: damaged; remove it, and step 1 starts over"),
+    ("step-0.pth", "step-0.pth: not a checkpoint"),
+    ("step-0.json", "step-0.json: damaged"),
+    ("settings.json", "settings.json: damaged"),
+    ("fakes-step-1/plan.json", "plan.json: damaged"),
+])
+def test_a_damaged_file_in_a_run_folder_is_named(finished, tmp_path, capsys, name, sentence):
+    (tmp_path / "run/fakes-step-1").mkdir(parents=True)
+    for keep in ("step-0.pth", "step-0.json", "settings.json"):
+        (tmp_path / "run" / keep).write_bytes((finished / "run" / keep).read_bytes())
+    (tmp_path / "run" / name).write_bytes(b"[1")
+    with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
+        train.main(f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run".split())
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_out_that_cannot_be_a_folder_is_named(finished, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
+        train.main(f"{COMMON} --data-root {finished}/data --out {tmp_path}/file/run".split())
+    assert stop.value.code == 2 and str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_step_without_images_is_refused_before_training_but_passed_over_in_a_smoke_run(tmp_path):
+    root = make_folder(tmp_path / "data", classes=4)
+    (root / "classes.txt").write_text("background\ncat\ndog\ncow\nunicorn\n")
+    command = f"{COMMON} --data-root {root} --out {tmp_path}/run"
+    with pytest.raises(InputError, match=r"step 3 of task 1-1 \(disjoint\) has no training images"):
+        train.main(command.split())
+    assert not (tmp_path / "run/step-0.pth").exists()
+    train.main(f"{command} --max-iters 1".split())
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log if "warning" in line] == [3] and "unicorn" in str(log)
+    assert model.load_model(tmp_path / "run/step-3.pth")[0].classes_per_step == [2, 1, 1, 1]
+    assert not (tmp_path / "run/fakes-step-3").exists()
+
+
+def test_a_weight_that_is_not_finite_after_the_last_iteration_is_not_saved(finished, tmp_path):
+    with pytest.raises(FloatingPointError, match="step 0: a weight is not finite|a loss is not finite"):
+        train.main(f"{COMMON} --data-root {finished}/data --max-iters 1 --lr0 1e45 --out {tmp_path}/run".split())
+    assert not (tmp_path / "run/step-0.pth").exists()
+
+
 def test_a_run_folder_with_other_settings_is_refused_with_their_names(finished, capsys):
     with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
         train.main(f"{COMMON} --data-root {finished}/data --epochs 2 --lam 0.5 --r max --out {finished}/run".split())
@@ -1134,10 +1233,17 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
     assert mask.size == (50, 31) and mask.mode == "P" and np.asarray(mask).max() <= 3
     assert mask.getpalette()[:12] == data.palette()[:4].flatten().tolist()
     assert Image.open(tmp_path / "d/odd-overlay.png").size == (50, 31)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # a phone held upright
+    Image.new("RGB", (50, 31)).save(tmp_path / "phone.jpg", exif=exif)
+    evaluation.main([f"{finished}/run", "--predict", f"{tmp_path}/phone.jpg", "--out", f"{tmp_path}/d"])
+    assert Image.open(tmp_path / "d/phone-mask.png").size == (31, 50)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    (["nowhere"], "nowhere: not a run folder"),
+    (["nowhere"], "nowhere/settings.json: not there"),
+    (["{run}", "--predict", "{run}/predictions.png", "{run}/../predictions.png"], "two pictures are called predictions"),
+    (["{run}/fakes-step-1"], "settings.json: not there"),
     (["{run}", "--predict", "nowhere.jpg"], "nowhere.jpg: not a readable image"),
     (["{run}", "--predict", "{run}/fakes-step-1/empty"], "no .jpg, .jpeg or .png in this folder"),
 ])
@@ -1154,6 +1260,9 @@ def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finis
     assert Image.open(tmp_path / "figure.png").size == (3 * 34 + 2, 8 * 34 + 2 + 14)
     with pytest.raises(InputError, match="--classes zebra: unknown to this checkpoint, which knows cat, dog, cow"):
         seginversion.main([*command, "--classes", "cat,zebra"])
+    for flag in ("--size 0", "--steps -1", "--images 0", f"--out {tmp_path}", f"--out {tmp_path}/no/f.png", "--r random"):
+        with pytest.raises(InputError, match=flag.split()[0]):
+            seginversion.main([*command, "--classes", "cat", *flag.split()])
     with pytest.raises(InputError, match="no such checkpoint"):
         seginversion.main(["--checkpoint", "nowhere.pth", "--classes", "cat"])
 

@@ -32,7 +32,7 @@ import data
 from data import InputError, derive_seed, write_atomically
 from distill import hrhf
 from eval import PAPER, autocast, evaluate, iou, save_predictions, summarize, table, test_view
-from model import BACKBONES, DeepLabV3, load_model, save_model
+from model import BACKBONES, UNREADABLE, DeepLabV3, load_model, save_model
 from seginversion import parse_r, save_fakes, synthesize
 
 # The paper's numbers (Sec. 4.2; MiB's where it says "as in [5]") are the parser's defaults; these are
@@ -46,8 +46,12 @@ DATASET_DEFAULTS = {
 }
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and the default of every flag."""
+
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     a = p.add_argument
     a("--dataset", choices=list(DATASET_DEFAULTS), default="shapes", help="folder: your own images in VOC's layout")
     a("--data-root", default="data", help="where the data set is")
@@ -57,11 +61,11 @@ def parse(argv=None):
     a("--split-dir", help="folder of MiB's train-<step>.npy lists, to compare with its ADE numbers")
     a("--void", choices=["background", "ignore"], default="background",
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
-    a("--out", help="run folder; default runs/<dataset>-<task>-<setting>")
+    a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>")
     a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller ones for fewer or no GPUs")
     a("--pretrained", default="imagenet", help="imagenet (download), none, or a file: torchvision's or Mapillary's iABN")
     a("--crop", type=int, default=512, help="height and width of training, test and fake images")
-    a("--batch-size", type=int, default=24, help="over all GPUs together; results do not depend on their number")
+    a("--batch-size", type=int, default=24, help="over all GPUs together, whatever their number")
     a("--epochs", type=int, default=30, help="per step; an epoch is one pass over the real images")
     a("--epochs0", type=int, help="step 0, if it needs another number")
     a("--lr0", type=float, default=1e-2, help="step 0")
@@ -72,31 +76,35 @@ def parse(argv=None):
       help="Table 2: none is its Baseline, noise its +Noise")
     a("--r", default="random", help="scale of Eq. 1: a number, avg or max (Tables 3 and 4)")
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
-    a("--num-fakes", type=int, help="per step; default: as many as the step has real images, at most 1024")
-    a("--fake-batch", type=int, default=16, help="images inverted together; lower it if memory runs out")
+    a("--num-fakes", type=int, help="per step, if not as many as it has real images (at most 1024)")
+    a("--fake-batch", type=int, default=16, help="images inverted together; lower it if memory is short")
     a("--fake-classes", type=int, default=3, help="most foreground classes in one fake (paper's Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes are noisy")
     a("--bn", type=float, default=1.16, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
     a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
-    a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision; default: on CUDA")
+    a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
     a("--workers", type=int, help="loader processes per rank; raise it if data_wait in the log is not near 0")
     a("--seed", type=int, default=42, help="of everything random")
-    args = p.parse_args(argv)
-    p.set_defaults(**DATASET_DEFAULTS[args.dataset])
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--dataset", choices=list(DATASET_DEFAULTS), default="shapes")
+    p.set_defaults(**DATASET_DEFAULTS[first.parse_known_args(argv)[0].dataset])
     args = p.parse_args(argv)
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
-    for name in ("crop", "batch_size", "epochs", "epochs0", "fake_batch", "fake_classes", "fake_steps", "num_fakes", "max_iters"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    for least, names in ((1, "batch_size epochs epochs0 fake_batch fake_classes fake_steps num_fakes max_iters"),
+                         (16, "crop"), (0, "lam tv bn workers seed"), (1e-12, "lr lr0 fake_lr")):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not least <= value < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     parse_r(args.r)
     args.epochs0 = args.epochs0 or args.epochs
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
     args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}"
     if args.workers is None:
-        args.workers = min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        args.workers = data.default_workers()
     return args
 
 
@@ -135,26 +143,48 @@ def from_rank_0(value, world):
     return box[0]
 
 
-def claim(run, args):
-    """Make the run folder this command's, or refuse: mixing settings would go unnoticed in the results."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+def claim(run, args, data_set):
+    """Make the run folder this command's, or refuse: mixing settings would go unnoticed in the results.
+
+    Settings may change until something was trained. `data_set` (its size) stands in for --data-root,
+    which may move.
+    """
+    settings = {**{k: v for k, v in vars(args).items() if k not in ("out", "workers")}, "data-set": data_set}
     path = run / "settings.json"
-    if path.exists():
-        there = json.loads(path.read_text())
+    if [*run.glob("step-*.pth"), *run.glob("last.pth")] and path.exists():
+        there = data.read_json(path, {"dataset": str})
         differing = [f"--{k.replace('_', '-')} is {there.get(k)} there and {settings.get(k)} here"
-                     for k in settings if there.get(k) != settings[k]]
+                     for k in settings if k != "data_root" and there.get(k) != settings[k]]
         if differing:
-            raise InputError(f"{run} holds a run with other settings: {'; '.join(differing)}. "
-                             "Choose another --out, or remove that folder")
+            raise InputError(f"{run} holds a run with other settings: {'; '.join(differing)}. {ANOTHER_FOLDER}")
+    run.mkdir(parents=True, exist_ok=True)
+    for litter in run.rglob(".*.tmp"):                      # of a process that was killed while it wrote
+        litter.unlink()
+    write_atomically(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
+
+
+def training_indices(args, steps, labels):
+    """The training images of every step; what is wrong with them is said before anything is trained."""
+    if args.split_dir:
+        indices = [data.read_split(args.split_dir, step, len(labels)) for step in range(len(steps))]
+    elif args.dataset == "ade" and args.setting == "disjoint":
+        indices = [data.partition_indices(labels, steps, step) for step in range(len(steps))]
     else:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
+        indices = [data.split_indices(labels, steps, step, args.setting) for step in range(len(steps))]
+    empty = [step for step, images in enumerate(indices) if not images]
+    if empty and (empty[0] == 0 or not args.max_iters):     # a smoke run may be on a handful of images
+        raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training images in {args.data_root}")
+    return indices
 
 
 def strict_json(value, digits=17):
     """JSON with null for nan and inf, which JSON does not have, and floats of so many digits."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None,
                                  parse_float=lambda text: float(f"{float(text):.{digits}g}")))
+
+
+ANOTHER_FOLDER = ("Choose another --out (step-<t>.pth and step-<t>.json copied there are kept and built upon), "
+                  "or remove that folder")
 
 
 class Log:
@@ -185,7 +215,10 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
 
     last, start, seconds = run / "last.pth", 0, 0.0
     if last.exists():
-        state = torch.load(last, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(last, map_location="cpu", weights_only=True)
+        except UNREADABLE:
+            raise InputError(f"{last}: damaged; remove it, and step {step} starts over") from None
         if state["step"] == step:
             student.load_state_dict(state["model"])
             for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
@@ -227,7 +260,7 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
             means = dict(zip(sums, (values / world).tolist()))
             if not all(map(math.isfinite, means.values())):
                 raise FloatingPointError(f"step {step}, iteration {iteration} of {iterations}: a loss is not finite "
-                                         f"(means over the last {count}): {means}; try a lower learning rate")
+                                         f"(means over the last {count}): {means}. Try a lower learning rate. {ANOTHER_FOLDER}")
             now = time.monotonic()
             log(step=step, iteration=iteration, of=iterations, loss=sum(means.values()), **means,
                 lr=scheduler.get_last_lr()[0], data_wait=waited / (now - since),
@@ -240,6 +273,9 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
                 "model": student.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}, p))
         arrived = time.monotonic()
+    if not all(bool(p.isfinite().all()) for p in student.parameters()):
+        raise FloatingPointError(f"step {step}: a weight is not finite after the last iteration. "
+                                 f"Try a lower learning rate. {ANOTHER_FOLDER}")
     return seconds + time.monotonic() - began
 
 
@@ -255,9 +291,10 @@ def main(argv=None):
     for step in range(len(steps)):
         batch_parts(args, step)
     if rank == 0:
-        claim(run, args)
+        claim(run, args, f"{len(train_set)} + {len(test_set)} images, {len(train_set.classes)} classes")
     train_labels, test_labels = from_rank_0(
         (train_set.labels(), test_set.labels()) if rank == 0 else None, world)
+    indices = training_indices(args, steps, train_labels)
     log = Log(run / "log.jsonl", rank)
     log(command=" ".join(sys.argv), processes=world, device=str(device), torch=torch.__version__)
     inversion = {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
@@ -270,14 +307,9 @@ def main(argv=None):
             continue
         seconds, fakes = {}, []
         if not checkpoint.exists():
-            if args.split_dir:
-                indices = data.read_split(args.split_dir, step, len(train_set))
-            elif args.dataset == "ade" and args.setting == "disjoint":
-                indices = data.partition_indices(train_labels, steps, step)
-            else:
-                indices = data.split_indices(train_labels, steps, step, args.setting)
-            if not indices:
-                raise InputError(f"step {step} of task {args.task} ({args.setting}) has no training images in {args.data_root}")
+            images = indices[step]
+            if without := [c for c in steps[step] if not any(c in train_labels[i] for i in images)]:
+                log(step=step, warning="no training image shows " + ", ".join(train_set.classes[c] for c in without))
             parts = batch_parts(args, step)
             torch.manual_seed(derive_seed(args.seed, step, 1))          # weight initialisation
             if step == 0:
@@ -291,9 +323,9 @@ def main(argv=None):
             else:
                 teacher, _ = load_model(run / f"step-{step - 1}.pth", device)
                 teacher.requires_grad_(False)
-                if parts[1]:
+                if parts[1] and images:
                     began = time.monotonic()
-                    number = args.num_fakes or min(len(indices), 1024)
+                    number = args.num_fakes or min(len(images), 1024)
                     number = math.ceil(number / args.fake_batch) * args.fake_batch
                     fakes = synthesize(
                         teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch, r=args.r,
@@ -306,9 +338,11 @@ def main(argv=None):
                 student, _ = load_model(run / f"step-{step - 1}.pth")
                 student.add_classes(len(steps[step]), args.init)
             student.to(device)
-            view = data.View(train_set, indices, data.label_map(steps, step, "train", args.void),
+            view = data.View(train_set, images, data.label_map(steps, step, "train", args.void),
                              data.train_transform(args.crop), fakes)
-            seconds["training"] = train_step(student, teacher, method, view, parts, step, args, run, log, rank, world, device)
+            if images:
+                seconds["training"] = train_step(student, teacher, method, view, parts, step, args, run, log,
+                                                 rank, world, device)
             if rank == 0:
                 channels = [0] + [c for classes in steps[:step + 1] for c in classes]
                 save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion,
@@ -337,7 +371,7 @@ def write_results(run, args, steps, classes, world, device):
     channels = ["background" if c == 0 else classes[c] for c in [0] + [c for part in steps for c in part]]
     records = []
     for step in range(len(steps)):
-        record = json.loads((run / f"step-{step}.json").read_text())
+        record = data.read_json(run / f"step-{step}.json", {"confusion": list, "seconds": dict})
         confusion = torch.tensor(record["confusion"])
         records.append({"iou": dict(zip(channels, iou(confusion).tolist())), **summarize(confusion, steps), **record})
     results = {"settings": vars(args), "processes": world, "device": str(device),
