@@ -106,10 +106,12 @@ def test_view(dataset, labels, steps, step, crop, name):
 
 
 @torch.inference_mode()
-def evaluate(model, view, batch_size, device, workers=0, rank=0, world=1, amp=False):
+def evaluate(model, view, device, workers=0, rank=0, world=1, amp=False, batch_size=8):
     """Confusion matrix of a model over a View. Every rank takes [rank::world], all get the sum.
 
-    A plain model, not its DDP wrapper: ranks may hold different numbers of batches.
+    A plain model, not its DDP wrapper: ranks may hold different numbers of batches. The batch size
+    does not follow the run's, and cuDNN may not choose by timing, so that a score comes out the same
+    on any number of ranks.
     """
     model.eval()
     n = sum(model.classes_per_step)
@@ -119,7 +121,7 @@ def evaluate(model, view, batch_size, device, workers=0, rank=0, world=1, amp=Fa
     for images, targets in DataLoader(view, batch_sampler=batches, num_workers=workers,
                                       pin_memory=device.type == "cuda"):
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-        with autocast(device, amp):
+        with autocast(device, amp), torch.backends.cudnn.flags(enabled=True, deterministic=True):
             logits = model(images)
         total += confusion_matrix(upsample(logits, targets).argmax(1), targets, n)
     if world > 1:
@@ -230,7 +232,7 @@ def main(argv=None):
     for step, recorded in enumerate(results["steps"]):
         model, _ = load_model(run / f"step-{step}.pth", device)
         view = test_view(dataset, labels, steps, step, settings.crop, settings.dataset)
-        confusion = evaluate(model, view, settings.batch_size, device, data.default_workers(), amp=settings.amp)
+        confusion = evaluate(model, view, device, data.default_workers(), amp=settings.amp)
         same_step = confusion.tolist() == recorded["confusion"]
         same = same and same_step
         print(f"step {step}: {'exactly as recorded' if same_step else 'differs from results.json'}")

@@ -109,8 +109,9 @@ def load_backbone_file(net, path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"--pretrained {path}: no such file") from None
-    except UNREADABLE:
-        raise InputError(f"--pretrained {path}: not a PyTorch weights file") from None
+    except UNREADABLE as error:
+        reason = (str(error).strip().splitlines() or ["empty"])[0]
+        raise InputError(f"--pretrained {path}: not a PyTorch weights file ({reason})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     state = from_mapillary(state) or state
     own = net.state_dict()
@@ -150,8 +151,9 @@ class ASPP(nn.Module):
         y = self.merge(torch.cat([branch(x) for branch in self.branches], dim=1))
         window = (H, W) if self.training else (min(H, 32), min(W, 32))
         pooled = self.pool(F.avg_pool2d(x, window, stride=1))
-        h, w = H - pooled.shape[2], W - pooled.shape[3]     # (1, 1) when global: padded back to (H, W)
-        pooled = F.pad(pooled, (w // 2, w - w // 2, h // 2, h - h // 2), mode="replicate")
+        h, w = H - pooled.shape[2], W - pooled.shape[3]
+        if pooled.shape[2:] != (1, 1):                      # (1, 1) is broadcast
+            pooled = F.pad(pooled, (w // 2, w - w // 2, h // 2, h - h // 2), mode="replicate")
         return self.out(y + pooled)
 
 

@@ -8,8 +8,6 @@ averages: to raise y_k the whole map must rise, so the object that is asked for 
 takes the maximum: one good pixel is enough, so the object stays small. r -> 0 is exactly the mean
 and r -> inf exactly the maximum: the rows AVG and MAX of Table 3.
 """
-import math
-
 import torch
 
 
@@ -32,10 +30,12 @@ def scale_aware_aggregation(scores, r):
     is_mean, is_max = r == 0, torch.isinf(r)
     finite_r = r.masked_fill(is_mean | is_max, 1.0)
 
-    s = s.double()          # for a small r the two logarithms nearly cancel, and the map is small anyway
-    top = s.detach().amax(2, keepdim=True)                          # any r times 0 is finite
-    lse = torch.logsumexp(finite_r[..., None] * (s - top), dim=2) - math.log(s.shape[2])
-    y = top[..., 0] + lse / finite_r                                # (B, C)
+    # exp(r * (s - top)) never overflows; log1p and expm1 keep what a small r leaves of it. float64,
+    # because a large r leaves 1 / (H W) of log1p's argument; the map is small.
+    s = s.double()
+    top = s.detach().amax(2, keepdim=True)                          # (B, C, 1)
+    mean_exp = torch.expm1(finite_r[..., None] * (s - top)).mean(2)  # its mean, less one
+    y = top[..., 0] + torch.log1p(mean_exp) / finite_r              # (B, C)
     y = torch.where(is_mean, s.mean(2), y)
     y = torch.where(is_max, s.amax(2), y)
     return y.to(torch.promote_types(scores.dtype, torch.float32))

@@ -123,7 +123,8 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
              is not touched)
     tv, l2, bn: weights of the terms of R(x). jitter: largest random shift, as a share of the size.
     on_step: called as on_step(i, terms) after step i with the named, detached loss terms
-    Returns (B, 3, H, W) in the network's normalised space, inside the range of real images.
+    Returns (B, 3, H, W) in the network's normalised space, clamped to the range of real images (for
+    steps=0 the noise as it is drawn).
     Raises ValueError for targets of the wrong shape, or an image without a target.
     """
     H, W = (size, size) if isinstance(size, int) else size
@@ -140,7 +141,8 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup))))
     reach = [int(jitter * side) for side in (H, W)]
-    with frozen(model), BatchNormMatching(model) as matching:
+    with frozen(model), BatchNormMatching(model) as matching, \
+            torch.backends.cudnn.flags(enabled=True, deterministic=True):       # the same image every time
         for i in range(steps):
             shift = [int(torch.randint(-d, d + 1, (), generator=generator)) for d in reach]
             view = torch.roll(x, shift, dims=(2, 3))
@@ -198,8 +200,9 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     """Fill a folder with num_images fakes of all the classes a model knows.
 
     Writes 00000.png, ... and manifest.jsonl, a line per image: file, classes (background first), r of
-    each, seed of its batch, and the final state: losses, and the share of pixels that the model itself
-    gives to each class asked for. Batch b belongs to rank b % world and depends on (seed, b) alone.
+    each, seed of its batch, and what the saved pixels come to, unweighted: cls, tv, bn (of the batch),
+    and found, the share of pixels that the model itself gives to each class asked for. Batch b belongs
+    to rank b % world and, for given settings, depends on (seed, b) alone.
     Called again it goes on at the first missing batch; with other settings or another model it refuses
     with InputError. A loss that is not finite is a FloatingPointError.
 
@@ -215,6 +218,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
         digest.update(tensor.cpu().numpy().tobytes())
     plan = {"num_images": num_images, "size": size, "batch_size": batch_size, "r": r, "seed": seed, "most": most,
             **options, "model": digest.hexdigest()[:16]}
+    plan = json.loads(json.dumps(plan))                     # as it comes back from the file
     plan_path, manifest = folder / "plan.json", folder / "manifest.jsonl"
     if plan_path.exists():
         there = data.read_json(plan_path, {"seed": int})
@@ -222,7 +226,9 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
         if differing:
             raise InputError(f"{folder} holds fakes made with other settings ({', '.join(sorted(differing))}): "
                              "remove that folder or choose another")
-    else:
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
         write_atomically(plan_path, lambda p: p.write_text(json.dumps(plan)))
     paths = [folder / f"{i:05d}.png" for i in range(num_images)]
     if manifest.exists():
@@ -253,8 +259,10 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
         if not all(map(math.isfinite, last.values())) or not bool(x.isfinite().all()):
             raise FloatingPointError(f"synthesis of batch {b} in {folder}: a loss is not finite: {last}")
         pixels = data.denormalise(x).cpu()
-        with frozen(model), torch.inference_mode():
+        x = normalised(pixels, device)
+        with frozen(model), torch.inference_mode(), BatchNormMatching(model) as matching:
             logits = model(x)
+            bn = matching.loss().item()
             scores = scale_aware_aggregation(logits, scales)
             cls = classification_loss(scores, (targets / targets.sum(1, keepdim=True)).to(device)).tolist()
             found = F.one_hot(logits.argmax(1), C).float().mean((1, 2)).cpu()                   # (B, C)
@@ -265,7 +273,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
             lines.append(json.dumps({
                 "file": paths[i].name, "classes": classes, "r": [str(v) for v in scales[row, classes].tolist()],
                 "seed": batch_seed, "cls": cls[row], "tv": total_variation(x[row:row + 1]).item(),
-                "bn_batch": last.get("bn"), "found": found[row, classes].tolist()}) + "\n")
+                "bn": bn, "found": found[row, classes].tolist()}) + "\n")
         write_atomically(part(b), lambda p: p.write_text("".join(lines)))
         if report:
             seconds = time.monotonic() - started

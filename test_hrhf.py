@@ -80,10 +80,13 @@ def test_saa_at_r_0_is_the_mean_and_at_inf_the_maximum_also_mixed_in_one_tensor(
     torch.testing.assert_close(gradient.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("r", [1e-8, 1e-4])
-def test_saa_tends_to_the_mean_for_small_r_in_float32(r):
-    s = torch.randn(2, 3, 32, 32) * 10
-    torch.testing.assert_close(scale_aware_aggregation(s, r), s.mean((2, 3)), atol=1e-2 if r > 1e-6 else 1e-5, rtol=0)
+@pytest.mark.parametrize("r", [1e-300, 1e-20, 1e-12, 1e-8, 1e-7])
+def test_saa_tends_to_the_mean_for_small_r_value_and_gradient(r):
+    s = (torch.randn(2, 3, 32, 32) * 10 + 5).requires_grad_()
+    y = scale_aware_aggregation(s, r)
+    torch.testing.assert_close(y, s.mean((2, 3)), atol=3e-5, rtol=0)
+    y.sum().backward()
+    torch.testing.assert_close(s.grad, torch.full_like(s, 1 / 1024))
 
 
 def test_saa_at_a_huge_r_is_the_maximum():
@@ -172,7 +175,7 @@ def test_distillation_of_one_pixel_computed_by_hand():
 
 def test_label_merge_takes_new_labels_and_else_the_teacher_pixel_by_pixel():
     teacher = torch.tensor([[5.0, 0, 0], [0, 5, 0], [0, 0, 5], [0, 5, 0], [0, 0, 5]]).T.reshape(1, 3, 1, 5)
-    labels = torch.tensor([[[0, 0, 0, 3, 255]]], dtype=torch.uint8)
+    labels = torch.tensor([[[0, 0, 1, 3, 255]]], dtype=torch.uint8)            # an old id has no say either
     merged = distill.label_merge(teacher, labels, 3)
     assert merged.tolist() == [[[0, 1, 2, 3, 255]]] and merged.dtype == torch.int64
 
@@ -250,6 +253,20 @@ def test_the_last_resnet_stage_has_stride_1_and_dilation_2_in_every_block_and_le
     assert [c.dilation for c in convs if c.kernel_size == (3, 3)] == [(2, 2)] * 3
     assert not any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in net.modules())
     assert {m.negative_slope for m in net.modules() if isinstance(m, nn.LeakyReLU)} == {0.01}
+
+
+@pytest.mark.parametrize("backbone", ["resnet101", "resnet18", "mobilenet_v2"])
+def test_every_3x3_convolution_after_stride_16_is_dilated_and_the_aspp_has_rates_6_12_18(backbone):
+    net = model.DeepLabV3(backbone, [2])
+    stage = net.body[-1] if backbone != "mobilenet_v2" else net.body[14:18]
+    convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convs) == {"resnet101": 3, "resnet18": 4, "mobilenet_v2": 4}[backbone]
+    assert all(c.dilation == c.padding == (2, 2) and c.stride == (1, 1) for c in convs)
+    assert [b.dilation[0] for b in net.head.branches] == [1, 6, 12, 18]
+    assert net.head.out[0].num_features == 256
+    branch = net.head.branches[1].weight                    # Xavier normal with the leaky ReLU's gain
+    fans = (branch.shape[0] + branch.shape[1]) * 9
+    assert branch.std().item() == pytest.approx(math.sqrt(2 / (1 + 0.01 ** 2)) * math.sqrt(2 / fans), rel=0.02)
 
 
 def test_aspp_is_its_definition_written_out():
@@ -339,7 +356,7 @@ def test_a_mapillary_checkpoint_loads_with_its_prefix_stripped_and_absolute_norm
     mapillary_file(tmp_path / "iabn.pth.tar", net)
     loaded = model.DeepLabV3("resnet50", [2], str(tmp_path / "iabn.pth.tar")).body
     torch.testing.assert_close(loaded[0].weight, net.conv1.weight, rtol=0, atol=0)
-    torch.testing.assert_close(loaded[1].weight, net.bn1.weight.abs() + 1e-5)
+    torch.testing.assert_close(loaded[1].weight, net.bn1.weight.abs() + 1e-5, rtol=0, atol=0)
     torch.testing.assert_close(loaded[1].bias, net.bn1.bias, rtol=0, atol=0)
     block = loaded[6][0]                                    # layer3.0
     torch.testing.assert_close(block.conv2.weight, net.layer3[0].conv2.weight, rtol=0, atol=0)
@@ -455,6 +472,11 @@ def test_partition_gives_every_image_to_one_step_by_the_highest_bid():
     labels, steps = [[0, 1, 3], [1], [2, 255], [0], [2]], [[1, 2], [3]]
     assert data.partition_indices(labels, steps, 0) == [1, 2, 4]
     assert data.partition_indices(labels, steps, 1) == [0]
+    # N = {1: 2, 2: 3}, total 5. Image 0: 122.5 against 121.67, class 1's step; class 2 got nothing by that.
+    # Image 1: class 2. Image 2: class 1 has half of its images, 62.5, class 2 a third, 81.67: class 2's step.
+    labels, steps = [[1, 2], [2], [1, 2]], [[1], [2]]
+    assert data.partition_indices(labels, steps, 0) == [0]
+    assert data.partition_indices(labels, steps, 1) == [1, 2]
 
 
 def test_read_split_takes_mibs_files_and_names_what_is_wrong(tmp_path):
@@ -529,11 +551,19 @@ def test_a_folder_in_voc_layout_is_read_scanned_and_cached(tmp_path, monkeypatch
         m.setattr(data, "scan_file", None)
         assert data.load("folder", root, "train").labels() == train_set.labels()
     mask = np.full((40, 36), 3, np.uint8)
-    Image.fromarray(mask).save(root / "SegmentationClass/train0.png")
+    Image.fromarray(mask).save(root / "SegmentationClass/train0.png", compress_level=0)
     assert data.load("folder", root, "train").labels()[0] == [3]               # a changed mask is seen
+    path = root / "SegmentationClass/train0.png"
+    size = path.stat().st_size
+    Image.fromarray(mask - 1).save(path, compress_level=0)
+    assert path.stat().st_size == size                      # of the same size in bytes, too
+    assert data.load("folder", root, "train").labels()[0] == [2]
     listing = root / "ImageSets/Segmentation/train.txt"
     listing.write_text("train5\n")
     assert data.load("folder", root, "train").labels() == [[0, 3, 255]]        # and a changed list
+    (root / "classes.txt").write_text("background\ncat\ndog\n")
+    with pytest.raises(InputError, match="mask id 3 is outside"):              # and fewer classes
+        data.load("folder", root, "train").labels()
 
 
 def test_voc_lists_of_ids_and_mibs_two_columns_are_the_same(tmp_path):
@@ -594,8 +624,8 @@ def break_mask_size(root):
 
 
 def break_mask_id(root):
-    Image.new("L", (36, 40), 9).save(root / "SegmentationClass/val1.png")
-    return r"val1.png: mask id 9 is outside the classes 0 to 3"
+    Image.new("L", (36, 40), 4).save(root / "SegmentationClass/val1.png")
+    return r"val1.png: mask id 4 is outside the classes 0 to 3"
 
 
 def break_mask_mode(root):
@@ -692,6 +722,16 @@ def test_train_transform_moves_image_and_mask_together_and_test_transform_is_res
         places.add(tuple(y.flatten().tolist()))
         torch.testing.assert_close(x, view[0, seed][0], rtol=0, atol=0)        # the seed decides alone
     assert len(places) == 8
+    left, right = np.zeros((48, 48), np.uint8), []
+    left[:, :24] = 1
+    class Half:
+        def read(self, i):
+            return Image.fromarray(np.stack([left * 255] * 3, -1)), Image.fromarray(left)
+    halves = data.View(Half(), [0], torch.arange(256, dtype=torch.uint8), data.train_transform(48))
+    for seed in range(20):
+        y = halves[0, seed][1].float()
+        right.append(bool(y[:, 24:].mean() > y[:, :24].mean()))
+    assert 3 < sum(right) < 17                              # flipped about half the time
     x, y = data.View(One(), [0], torch.arange(256, dtype=torch.uint8), data.test_transform(45))[0, 0]
     assert y.shape == (45, 45)
     assert y[15:30, 18:37].float().mean() > 0.95 and y.sum() < 21 * 16         # at half size: rows 15-30, columns 18-38
@@ -721,6 +761,8 @@ def test_train_batches_hold_the_asked_proportion_and_show_every_image_equally_of
     assert sorted(real) == sorted(list(range(10)) * 4) and sorted(fake) == sorted([10, 11, 12, 13] * 6)
     assert len({s for batch in batches for _, s in batch}) == 64               # every crop its own seed
     assert batches != list(data.train_batches(10, 4, 5, 3, iterations=8, seed=2))
+    batch, = data.train_batches(12, 12, 12, 12, iterations=1, seed=1)
+    assert [p for p, _ in batch[:12]] != [p - 12 for p, _ in batch[12:]]       # fakes have an order of their own
 
 
 def test_train_batches_go_on_where_they_stopped_and_ranks_share_them():
@@ -935,6 +977,70 @@ def test_every_old_class_is_asked_for_equally_often(num_images, num_classes, mos
         assert {len(t) for t in targets} == {1, 2, 3}
 
 
+def test_invert_uses_adam_with_warm_up_and_cosine_and_shows_the_network_shifted_and_flipped_views(monkeypatch):
+    made, rates, views, net = [], [], [], tiny((4,))
+    class Adam(torch.optim.Adam):
+        def __init__(self, parameters, **options):
+            made.append(options)
+            super().__init__(parameters, **options)
+        def step(self):
+            rates.append(self.param_groups[0]["lr"])        # and no step: the views show the noise alone
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    net.register_forward_pre_hook(lambda _, inputs: views.append(inputs[0].detach().clone()))
+    seginversion.invert(net, one_hot(1), 1.0, size=64, steps=40)
+    assert made == [{"lr": 0.25, "betas": (0.5, 0.9)}]
+    assert rates[:5] == pytest.approx([0.25 / 4, 0.5 / 4, 0.75 / 4, 0.25, 0.25])
+    assert rates[22] == pytest.approx(0.125) and rates[-1] < 0.002 and rates[4:] == sorted(rates[4:], reverse=True)
+    noise = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor(data.MEAN).view(3, 1, 1), torch.tensor(data.STD).view(3, 1, 1)
+    clamped = noise.clamp(-mean / std, (1 - mean) / std)
+    found = set()
+    for view in views[1:]:                                  # jitter 30 / 512 of 64: up to 3 pixels
+        seen = [view, view.flip(3)]
+        found |= {(flip, dy, dx) for flip in (0, 1) for dy in range(-3, 4) for dx in range(-3, 4)
+                  if torch.allclose(seen[flip], clamped.roll((dy, dx), (2, 3)), atol=1e-5)}
+    assert len(found) > 20 and {flip for flip, _, _ in found} == {0, 1}
+    assert {abs(d) for _, *shift in found for d in shift} == {0, 1, 2, 3}
+
+
+def test_the_default_weights_are_deepinversions_at_the_papers_size():
+    weights = {k: p.default for k, p in __import__("inspect").signature(seginversion.invert).parameters.items()}
+    N = 16 * 3 * 512 * 512
+    assert weights["tv"] == pytest.approx(1e-4 * math.sqrt(N), rel=2e-3)       # norms over the whole batch
+    assert weights["l2"] == pytest.approx(1e-5 * math.sqrt(N / 16), rel=5e-3)  # norm of each image
+    assert weights["bn"] == pytest.approx(0.01 * (107 + 9))                    # sum over layers, the first 10 times
+    assert weights["jitter"] == 30 / 512 and (weights["steps"], weights["lr"]) == (1000, 0.25)
+    args = train.parse(["--dataset", "voc"])
+    assert (args.tv, args.bn) == (weights["tv"], weights["bn"])
+
+
+def test_synthesize_asks_for_background_everywhere_and_draws_r_per_image_and_class(tmp_path, monkeypatch):
+    asked, real_invert = [], seginversion.invert
+    monkeypatch.setattr(seginversion, "invert", lambda net, targets, r, **options: (
+        asked.append((targets, r)), real_invert(net, targets, r, **options))[1])
+    make_fakes(tmp_path)
+    targets, r = (torch.cat(parts) for parts in zip(*asked))
+    assert targets.shape == r.shape == (10, 4) and (targets[:, 0] == 1).all()
+    assert ((targets[:, 1:].sum(1) >= 1) & (targets[:, 1:].sum(1) <= 3)).all()
+    assert set(r.flatten().tolist()) == set(seginversion.R_CHOICES)
+    assert all(len(set(row.tolist())) > 1 for row in r[:3]) and all(len(set(c.tolist())) > 1 for c in r[:4].T)
+    asked.clear()
+    make_fakes(tmp_path / "max", r="max")
+    assert all(torch.isinf(r).all() for _, r in asked)
+    line = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[3])
+    net = tiny((4,)).eval()                                 # what is found is found in the file
+    x = seginversion.normalised(torch.from_numpy(np.array(Image.open(tmp_path / "00003.png"))).movedim(-1, 0)[None], "cpu")
+    share = F.one_hot(net(x).argmax(1), 4).float().mean((0, 1, 2))
+    assert line["found"] == pytest.approx(share[line["classes"]].tolist())
+    assert line["tv"] == pytest.approx(seginversion.total_variation(x).item())
+
+
+def test_synthesize_takes_a_height_and_a_width_and_finds_its_folder_again(tmp_path):
+    for _ in range(2):
+        path = make_fakes(tmp_path, size=(32, 48))[0]
+    assert Image.open(path).size == (48, 32)
+
+
 def make_fakes(folder, **options):
     return seginversion.synthesize(tiny((4,)), folder, 10, **{**dict(size=32, batch_size=4, seed=5, steps=2), **options})
 
@@ -948,7 +1054,7 @@ def test_synthesize_fills_a_folder_and_a_manifest_that_says_what_is_in_it(tmp_pa
         assert line["classes"][0] == 0 and 1 <= len(line["classes"]) - 1 <= 3
         assert len(line["r"]) == len(line["found"]) == len(line["classes"])
         assert all(float(r) in seginversion.R_CHOICES for r in line["r"])
-        assert all(math.isfinite(line[k]) for k in ("cls", "tv", "bn_batch"))
+        assert all(math.isfinite(line[k]) for k in ("cls", "tv", "bn"))
     assert len({line["seed"] for line in lines}) == 3       # one a batch
     assert all(Image.open(p).size == (32, 32) for p in paths)
 
@@ -1140,7 +1246,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_named_terms(finis
     with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
         train.main(f"{COMMON} --data-root {finished}/data --epochs 9 --lr0 1e30 --out {tmp_path}/run".split())
     assert stop.value.code == 2
-    assert re.match(r"train.py: step 0, iteration \d+ of \d+: a loss is not finite .*\{'seg': (nan|inf)\}", capsys.readouterr().err)
+    assert re.match(r"train.py: step 0, iteration 2 of 18: a loss is not finite: \{'seg': (nan|inf)\}", capsys.readouterr().err)
     assert not (tmp_path / "run/step-0.pth").exists()
 
 
@@ -1160,6 +1266,59 @@ def test_noise_fakes_are_where_the_inversion_starts(tmp_path):
     seed = json.loads((tmp_path / "manifest.jsonl").read_text())["seed"]
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(data.denormalise(noise)[0], torch.from_numpy(np.array(Image.open(path))).movedim(-1, 0))
+
+
+def test_the_recipe_is_mibs_and_every_step_has_the_right_teacher_seeds_and_numbers(finished, tmp_path, monkeypatch):
+    optimizers, methods, pools, loaders = [], [], [], []
+    def spy(module, name, seen, keep):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: (seen.append(keep(*a, **k)), real(*a, **k))[1])
+    spy(torch.optim, "SGD", optimizers, lambda parameters, **options: options)
+    spy(train, "hrhf", methods, lambda student, teacher, batch, lam: (
+        None if teacher is None else copy.deepcopy(teacher.state_dict()), batch[1], student.training, lam))
+    spy(train, "synthesize", pools, lambda net, folder, number, **options: (number, options))
+    spy(data, "train_batches", loaders, lambda *a: a)
+    train.main(f"{COMMON} --data-root {finished}/data --epochs 2 --epochs0 3 --lr0 0.02 --lr 0.01 --lam 0 --void ignore --num-fakes 5 "
+               f"--fake noise --out {tmp_path}/run".split())
+    same = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+    assert optimizers == [{"lr": 0.02, **same}, {"lr": 0.01, **same}, {"lr": 0.01, **same}]
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = [line for line in log if "iteration" in line]
+    assert {(line["step"], line["of"]) for line in lines} == {(0, 6), (1, 8), (2, 8)}      # 8 real images a step, by 4, then by 2
+    for line in lines:
+        lr0 = 0.02 if line["step"] == 0 else 0.01
+        assert line["lr"] == pytest.approx(lr0 * (1 - line["iteration"] / line["of"]) ** 0.9, rel=1e-3, abs=1e-9)
+        assert line.get("kd", 0) == 0                       # --lam 0
+    for k, (teacher, labels, training, lam) in enumerate(methods):
+        step = (k >= 6) + (k >= 14)
+        assert training and lam == 0
+        if step == 0:
+            assert teacher is None
+        else:
+            saved = torch.load(tmp_path / f"run/step-{step - 1}.pth", weights_only=True)["model"]
+            assert all(torch.equal(saved[name], value) for name, value in teacher.items())
+    assert any((labels == 255).any() for _, labels, _, _ in methods)               # --void ignore
+    assert [number for number, _ in pools] == [8, 8]        # 5, rounded up to whole batches of 4
+    assert all(options["steps"] == 0 for _, options in pools) and pools[0][1]["seed"] != pools[1][1]["seed"]
+    assert [a[:4] for a in loaders] == [(8, 0, 4, 0), (8, 8, 2, 2), (8, 8, 2, 2)] and len({a[5] for a in loaders}) == 3
+
+
+def test_the_default_number_of_fakes_is_the_number_of_real_images_in_whole_batches(finished, tmp_path, monkeypatch):
+    numbers, real = [], train.synthesize
+    monkeypatch.setattr(train, "synthesize", lambda net, folder, number, **o: (numbers.append(number), real(net, folder, number, **o))[1])
+    train.main(f"{COMMON.replace('--num-fakes 8 --fake-batch 4', '--fake-batch 5')} --data-root {finished}/data --max-iters 1 --out {tmp_path}/run".split())
+    assert numbers == [10, 10]                              # 8 real images
+
+
+def test_a_last_checkpoint_of_another_step_is_not_gone_on_from(finished, tmp_path):
+    command = f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run".split()
+    (tmp_path / "run").mkdir()
+    for name in ("step-0.pth", "step-0.json", "settings.json"):
+        (tmp_path / "run" / name).write_bytes((finished / "run" / name).read_bytes())
+    state = torch.load(finished / "run/step-0.pth", weights_only=True)
+    torch.save({"step": 0, "iteration": 3, "model": state["model"]}, tmp_path / "run/last.pth")
+    train.main(command)
+    assert same_weights(finished / "run/step-2.pth", tmp_path / "run/step-2.pth")
 
 
 def test_batch_parts_and_the_paper_scale_defaults():
@@ -1272,21 +1431,23 @@ def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finis
 # ------------------------------------------------------------------------------- two ranks equal one
 
 def parallel_work(folder, rank, world):
-    """What must not depend on the number of ranks: a score, a pool of fakes, a gradient."""
+    """What must not depend on the number of ranks: a score, a pool of fakes, a trained step."""
     torch.set_num_threads(1)
-    net, teacher = tiny((3, 1)).eval(), tiny((3,), seed=1).eval()
-    shapes = data.load("folder", folder / "data", "val")
-    view = data.View(shapes, range(7), data.label_map([[1, 2], [3]], 1, "test"), data.test_transform(32))
-    confusion = evaluation.evaluate(net, view, 2, torch.device("cpu"), rank=rank, world=world)
-    seginversion.synthesize(teacher, folder / f"fakes-{world}", 10, size=32, batch_size=2, seed=3, rank=rank, world=world, steps=2)
-    student = net.requires_grad_()                          # BatchNorm stays in evaluation mode
-    wrapped = nn.parallel.DistributedDataParallel(student) if world > 1 else student
-    for keys in data.train_batches(8, 0, 4, 0, iterations=1, seed=0, rank=rank, world=world):
-        items = [data.View(data.load("folder", folder / "data", "train"), range(8), data.label_map([[1, 2], [3]], 1, "train"),
-                           data.train_transform(32))[key] for key in keys]
-        batch = [torch.stack(part) for part in zip(*items)]
-        sum(distill.hrhf(wrapped, teacher, batch).values()).backward()
-    torch.save((confusion, [p.grad for p in student.parameters()]), folder / f"work-{rank}-of-{world}.pt")
+    cpu, logged = torch.device("cpu"), []
+    student, teacher = tiny((3, 1)), tiny((3,), seed=1).eval().requires_grad_(False)
+    val, real = (data.load("folder", folder / "data", split) for split in ("val", "train"))
+    view = data.View(val, range(7), data.label_map([[1, 2], [3]], 1, "test"), data.test_transform(32))
+    confusion = evaluation.evaluate(student.train(), view, cpu, rank=rank, world=world, batch_size=2)
+    fakes = seginversion.synthesize(teacher, folder / f"fakes-{world}", 10, size=32, batch_size=2, seed=3, rank=rank, world=world, steps=2)
+    def method(student, teacher, batch):                    # BatchNorm in evaluation mode: SyncBatchNorm has no CPU form
+        assert len(batch[0]) == 4 // world
+        return distill.hrhf(student.eval(), teacher, batch)
+    view = data.View(real, range(8), data.label_map([[1, 2], [3]], 1, "train"), data.train_transform(32), fakes)
+    args = train.parse("--crop 32 --batch-size 4 --max-iters 5 --lr 0.05 --workers 0".split())
+    (folder / f"run-{world}").mkdir(exist_ok=True)
+    train.train_step(student, teacher, method, view, (2, 2), 1, args, folder / f"run-{world}", lambda **event: logged.append(event),
+                     {}, rank, world, cpu)
+    torch.save((confusion, student.state_dict(), [event["loss"] for event in logged]), folder / f"work-{rank}-of-{world}.pt")
 
 
 def rank_process(rank, folder):
@@ -1295,7 +1456,7 @@ def rank_process(rank, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_ranks_equal_one_in_score_fakes_and_gradient(tmp_path):
+def test_two_ranks_equal_one_in_score_fakes_losses_and_trained_weights(tmp_path):
     make_folder(tmp_path / "data", train=8, val=7)
     torch.multiprocessing.spawn(rank_process, (tmp_path,), nprocs=2)
     threads = torch.get_num_threads()
@@ -1303,11 +1464,14 @@ def test_two_ranks_equal_one_in_score_fakes_and_gradient(tmp_path):
         parallel_work(tmp_path, 0, 1)
     finally:
         torch.set_num_threads(threads)
-    (one, gradient), *two = [torch.load(tmp_path / f"work-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2")]
-    assert one.sum() > 0
-    for confusion, averaged in two:
+    (one, weights, losses), *two = [torch.load(tmp_path / f"work-{name}.pt") for name in ("0-of-1", "0-of-2", "1-of-2")]
+    assert one.sum() > 0 and len(losses) == 2               # 5 iterations, an epoch is 4
+    start = tiny((3, 1)).state_dict()
+    assert not torch.equal(weights["classifiers.1.weight"], start["classifiers.1.weight"])
+    for confusion, also, means in two:
         assert torch.equal(confusion, one)
-        torch.testing.assert_close(averaged, gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(also, weights, rtol=1e-4, atol=1e-6)
+        assert means == pytest.approx(losses, rel=1e-4)
     for path in (tmp_path / "fakes-1").iterdir():
         assert path.read_bytes() == (tmp_path / "fakes-2" / path.name).read_bytes(), path.name
 

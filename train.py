@@ -200,8 +200,8 @@ class Log:
             print(line, file=self.file, flush=True)
 
 
-def train_step(student, teacher, method, view, parts, step, args, run, log, rank, world, device):
-    """Train one step; returns the seconds it took. Resumes from the last whole epoch."""
+def train_step(student, teacher, method, view, parts, step, args, run, log, seconds, rank, world, device):
+    """Train one step, from the last whole epoch on if there is one; `seconds` is kept up to date."""
     real, fake = parts
     per_epoch = max(1, len(view.indices) // real)
     iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
@@ -213,7 +213,7 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
         half = args.amp and torch.get_autocast_dtype(device.type) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
 
-    last, start, seconds = run / "last.pth", 0, 0.0
+    last, start = run / "last.pth", 0
     if last.exists():
         try:
             state = torch.load(last, map_location="cpu", weights_only=True)
@@ -223,7 +223,8 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
             student.load_state_dict(state["model"])
             for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
                 part.load_state_dict(state[name])
-            start, seconds = state["iteration"], state["seconds"]
+            start = state["iteration"]
+            seconds.update(state["seconds"])
             log(step=step, resumed_at=start)
 
     wrapped = student
@@ -236,8 +237,8 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
         view, num_workers=args.workers, pin_memory=device.type == "cuda", batch_sampler=data.train_batches(
             len(view.indices), len(view.fakes), real, fake, iterations, derive_seed(args.seed, step, 0),
             start, rank, world))
-    sums, count, waited, began, since = {}, 0, 0.0, time.monotonic(), time.monotonic()
-    arrived = time.monotonic()
+    window, waited, before = [], 0.0, seconds.get("training", 0.0)
+    began = since = arrived = time.monotonic()
     for iteration, (images, labels) in enumerate(loader, start + 1):
         waited += time.monotonic() - arrived
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -248,37 +249,36 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, rank
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0) + term.detach()
-        count += 1
+        window.append(torch.stack(list(terms.values())).detach())
 
         epoch_ends = iteration % per_epoch == 0 or iteration == iterations
-        if iteration % 20 == 0 or epoch_ends:               # the only place that waits for the device
-            values = torch.stack(list(sums.values())) / count
+        if iteration % 20 == 0 or epoch_ends:               # here alone the loop waits for the device
+            values = torch.stack(window)                    # (iterations since the last line, terms)
             if world > 1:
                 dist.all_reduce(values)
-            means = dict(zip(sums, (values / world).tolist()))
-            if not all(map(math.isfinite, means.values())):
-                raise FloatingPointError(f"step {step}, iteration {iteration} of {iterations}: a loss is not finite "
-                                         f"(means over the last {count}): {means}. Try a lower learning rate. {ANOTHER_FOLDER}")
+            values = (values / world).cpu()
+            if not values.isfinite().all():
+                row = (~values.isfinite()).any(1).nonzero()[0].item()
+                raise FloatingPointError(
+                    f"step {step}, iteration {iteration - len(window) + 1 + row} of {iterations}: a loss is not finite: "
+                    f"{dict(zip(terms, values[row].tolist()))}. Try a lower learning rate. {ANOTHER_FOLDER}")
             now = time.monotonic()
+            means = dict(zip(terms, values.mean(0).tolist()))
             log(step=step, iteration=iteration, of=iterations, loss=sum(means.values()), **means,
                 lr=scheduler.get_last_lr()[0], data_wait=waited / (now - since),
                 eta=(now - began) / (iteration - start) * (iterations - iteration),
-                **{"images/s": count * args.batch_size / (now - since)})
-            sums, count, waited, since = {}, 0, 0.0, now
+                **{"images/s": len(window) * args.batch_size / (now - since)})
+            window, waited, since = [], 0.0, now
+        seconds["training"] = before + time.monotonic() - began
         if epoch_ends and rank == 0:
             write_atomically(last, lambda p: torch.save({
-                "step": step, "iteration": iteration, "seconds": seconds + time.monotonic() - began,
+                "step": step, "iteration": iteration, "seconds": seconds,
                 "model": student.state_dict(), "optimizer": optimizer.state_dict(),
                 "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}, p))
         arrived = time.monotonic()
-    if not all(bool(p.isfinite().all()) for p in student.parameters()):
+    if not all(bool(v.isfinite().all()) for v in student.state_dict().values()):
         raise FloatingPointError(f"step {step}: a weight is not finite after the last iteration. "
                                  f"Try a lower learning rate. {ANOTHER_FOLDER}")
-    return seconds + time.monotonic() - began
-
-
 def main(argv=None):
     args = parse(argv)
     rank, world, device = setup()
@@ -341,20 +341,19 @@ def main(argv=None):
             view = data.View(train_set, images, data.label_map(steps, step, "train", args.void),
                              data.train_transform(args.crop), fakes)
             if images:
-                seconds["training"] = train_step(student, teacher, method, view, parts, step, args, run, log,
-                                                 rank, world, device)
+                train_step(student, teacher, method, view, parts, step, args, run, log, seconds, rank, world, device)
             if rank == 0:
                 channels = [0] + [c for classes in steps[:step + 1] for c in classes]
-                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion,
+                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion, seconds=seconds,
                            classes=[train_set.classes[c] for c in channels])
                 (run / "last.pth").unlink(missing_ok=True)
             if world > 1:
                 dist.barrier()
         began = time.monotonic()
-        model, _ = load_model(checkpoint, device)           # every rank scores what is on the disk
+        model, about = load_model(checkpoint, device)       # every rank scores what is on the disk
         view = test_view(test_set, test_labels, steps, step, args.crop, args.dataset)
-        confusion = evaluate(model, view, args.batch_size // world, device, args.workers, rank, world, args.amp)
-        seconds["evaluation"] = time.monotonic() - began
+        confusion = evaluate(model, view, device, args.workers, rank, world, args.amp)
+        seconds = {**about["seconds"], "evaluation": time.monotonic() - began}
         if rank == 0:
             if step == len(steps) - 1:
                 save_predictions(model, view, run / "predictions.png", device)
