@@ -10,7 +10,6 @@ Scores of class-incremental segmentation, and predictions for any picture.
 three conventions for the background, so all three are printed; the first is MiB's and the headline.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 

@@ -79,7 +79,7 @@ class BatchNormMatching:
             hook.remove()
 
     def compare(self, layer, inputs):
-        x = inputs[0].float()
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
         var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
         self.terms[layer] = ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
 
@@ -135,7 +135,8 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
     targets = (targets / targets.sum(1, keepdim=True)).to(device)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(targets), 3, H, W, generator=generator).to(device).requires_grad_()
-    low, high = (torch.tensor([(v - m) / s for m, s in zip(data.MEAN, data.STD)], device=device).view(3, 1, 1) for v in (0, 1))
+    low, high = (torch.tensor([(v - m) / s for m, s in zip(data.MEAN, data.STD)], device=device).view(3, 1, 1)
+                 for v in (0, 1))
     optimizer = torch.optim.Adam([x], lr=lr, betas=(0.5, 0.9))
     warmup = min(100, max(1, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(

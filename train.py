@@ -42,7 +42,8 @@ DATASET_DEFAULTS = {
     "ade": {"task": "100-50", "epochs": 60},
     "folder": {},
     "shapes": {"task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "epochs0": 14, "epochs": 12,
-               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1, "fake_steps": 100, "tv": 2.0, "bn": 3.0, "workers": 1},
+               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1, "fake_steps": 100, "tv": 2.0, "bn": 3.0,
+               "workers": 1},
 }
 
 
@@ -63,7 +64,8 @@ def parse(argv=None):
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
     a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>")
     a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller ones for fewer or no GPUs")
-    a("--pretrained", default="imagenet", help="imagenet (download), none, or a file: torchvision's or Mapillary's iABN")
+    a("--pretrained", default="imagenet",
+      help="imagenet (download), none, or a file: torchvision's or Mapillary's iABN")
     a("--crop", type=int, default=512, help="height and width of training, test and fake images")
     a("--batch-size", type=int, default=24, help="over all GPUs together, whatever their number")
     a("--epochs", type=int, default=30, help="per step; an epoch is one pass over the real images")
@@ -118,7 +120,8 @@ def batch_parts(args, step):
     except (ValueError, ZeroDivisionError):
         raise InputError(f"--real-fake {args.real_fake}: expected two numbers, such as 1:1") from None
     if not 1 <= real < args.batch_size:
-        raise InputError(f"--real-fake {args.real_fake}: leaves no real or no fake image in a batch of {args.batch_size}")
+        raise InputError(f"--real-fake {args.real_fake}: leaves no real or no fake image "
+                         f"in a batch of {args.batch_size}")
     return real, args.batch_size - real
 
 
@@ -173,7 +176,8 @@ def training_indices(args, steps, labels):
         indices = [data.split_indices(labels, steps, step, args.setting) for step in range(len(steps))]
     empty = [step for step, images in enumerate(indices) if not images]
     if empty and (empty[0] == 0 or not args.max_iters):     # a smoke run may be on a handful of images
-        raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training images in {args.data_root}")
+        raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training images "
+                         f"in {args.data_root}")
     return indices
 
 
@@ -260,8 +264,8 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, seco
             if not values.isfinite().all():
                 row = (~values.isfinite()).any(1).nonzero()[0].item()
                 raise FloatingPointError(
-                    f"step {step}, iteration {iteration - len(window) + 1 + row} of {iterations}: a loss is not finite: "
-                    f"{dict(zip(terms, values[row].tolist()))}. Try a lower learning rate. {ANOTHER_FOLDER}")
+                    f"step {step}, iteration {iteration - len(window) + 1 + row} of {iterations}: a loss is not "
+                    f"finite: {dict(zip(terms, values[row].tolist()))}. Try a lower learning rate. {ANOTHER_FOLDER}")
             now = time.monotonic()
             means = dict(zip(terms, values.mean(0).tolist()))
             log(step=step, iteration=iteration, of=iterations, loss=sum(means.values()), **means,
@@ -286,7 +290,7 @@ def main(argv=None):
         raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes, with at least "
                          "two images for each (BatchNorm after global pooling has one value per image)")
     run = Path(args.out)
-    train_set, test_set = data.load(args.dataset, args.data_root, "train"), data.load(args.dataset, args.data_root, "val")
+    train_set, test_set = (data.load(args.dataset, args.data_root, split) for split in ("train", "val"))
     steps = data.task_steps(args.task, len(train_set.classes) - 1)
     for step in range(len(steps)):
         batch_parts(args, step)
@@ -328,8 +332,8 @@ def main(argv=None):
                     number = args.num_fakes or min(len(images), 1024)
                     number = math.ceil(number / args.fake_batch) * args.fake_batch
                     fakes = synthesize(
-                        teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch, r=args.r,
-                        most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
+                        teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch,
+                        r=args.r, most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
                         report=lambda event: log(step=step, phase="seginversion", **event),
                         **{**inversion, **({"steps": 0} if args.fake == "noise" else {})})
                     if rank == 0:
@@ -374,7 +378,8 @@ def write_results(run, args, steps, classes, world, device):
         confusion = torch.tensor(record["confusion"])
         records.append({"iou": dict(zip(channels, iou(confusion).tolist())), **summarize(confusion, steps), **record})
     results = {"settings": vars(args), "processes": world, "device": str(device),
-               "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__},
+               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                            "torchvision": torchvision.__version__},
                "final": summarize(confusion, steps), "steps": records}
     write_atomically(run / "results.json", lambda p: p.write_text(strict_json(results)))
     print(f"\n{args.dataset} {args.task} {args.setting}, after step {len(steps) - 1} ({run / 'results.json'}):")
