@@ -1500,9 +1500,21 @@ def test_every_command_in_the_readme_parses():
             train.batch_parts(args, 1)
 
 
-def test_the_readmes_file_map_names_the_files_that_are_there():
-    listed = set(re.findall(r"^\| `(\w+\.py)`", (HERE / "README.md").read_text(), re.M))
-    assert listed == {p.name for p in HERE.glob("*.py")}
+def test_the_readmes_file_map_names_the_files_that_are_there_and_about_their_length():
+    listed = dict(re.findall(r"^\| `(\w+\.py)` .* (\d+) \|$", (HERE / "README.md").read_text(), re.M))
+    assert {name: pytest.approx(int(lines), rel=0.1) for name, lines in listed.items()} == {
+        p.name: len(p.read_text().splitlines()) for p in HERE.glob("*.py")}
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_committed_results():
+    rows = re.findall(r"\| ([\d.]+) / ([\d.]+) / ([\d.]+) \| `(results/.*\.json)` \|", (HERE / "README.md").read_text())
+    assert sorted(row[3] for row in rows) == sorted(f"results/{p.name}" for p in (HERE / "results").glob("*.json"))
+    for *numbers, name in rows:
+        steps = json.loads((HERE / name).read_text())["steps"]
+        last = torch.tensor(steps[-1]["confusion"])
+        tasks = [[0] * (len(s["confusion"]) - len(b)) for s, b in zip(steps, [[0]] + [s["confusion"] for s in steps])]
+        score = evaluation.summarize(last, tasks)["background excluded"]
+        assert [f"{100 * score[k]:.1f}" for k in ("old", "new", "all")] == numbers
 
 
 @real_data
