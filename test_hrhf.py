@@ -603,6 +603,25 @@ def test_ids_with_spaces_sidecars_bom_and_other_endings_are_read(tmp_path):
     assert data.load("folder", root, "train").labels() == [[0, 1, 255], [0, 2, 255]]
 
 
+def test_prepare_voc_merges_voc_and_sbd_and_keeps_the_test_images_out(tmp_path):
+    io = pytest.importorskip("scipy.io", reason="SBD's .mat masks need scipy")
+    voc, sbd = make_folder(tmp_path / "VOCdevkit/VOC2012", train=2, val=2), tmp_path / "sbd"
+    (sbd / "cls").mkdir(parents=True), (sbd / "img").mkdir()
+    for part, names in (("train", ["train0", "extra"]), ("val", ["val0", "more"])):
+        (sbd / f"{part}.txt").write_text("\n".join(names) + "\n")
+        for name in names:
+            Image.new("RGB", (36, 40)).save(sbd / f"img/{name}.jpg")
+            io.savemat(sbd / f"cls/{name}.mat", {"GTcls": {"Segmentation": np.full((40, 36), 7, np.uint8)}})
+    data.prepare_voc(tmp_path)
+    listing = (voc / "ImageSets/Segmentation/train_aug.txt").read_text().split()
+    assert listing == ["extra", "more", "train0", "train1"]                    # not val0
+    masks = {p.stem: np.asarray(Image.open(p)) for p in (voc / "SegmentationClassAug").iterdir()}
+    assert sorted(masks) == listing
+    assert (masks["extra"] == 7).all() and (masks["more"] == 7).all()
+    assert (masks["train0"] == np.asarray(Image.open(voc / "SegmentationClass/train0.png"))).all()     # VOC's own wins
+    assert Image.open(voc / "SegmentationClassAug/extra.png").mode == "P"
+
+
 def break_image_depth(root):
     Image.fromarray(np.zeros((40, 36), np.uint16)).save(root / "JPEGImages/train0.png")
     return r"train0.png: the image has more than 8 bits"
