@@ -3,6 +3,7 @@ Scores of class-incremental segmentation, and predictions for any picture.
 
     python eval.py runs/shapes-15-1-disjoint                                  # score a run again
     python eval.py runs/shapes-15-1-disjoint --predict a.jpg b/ --out d       # palette masks and overlays
+    python eval.py --compare runs/*                                           # methods side by side
 
     IoU_c = TP_c / (TP_c + FP_c + FN_c), from one confusion matrix over all pixels of the test set
 
@@ -10,6 +11,7 @@ Scores of class-incremental segmentation, and predictions for any picture.
 three conventions for the background, so all three are printed; the first is MiB's and the headline.
 """
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -26,16 +28,60 @@ from data import InputError, write_atomically
 from distill import upsample
 from model import load_model
 
-# mIoU of HRHF (old, new, all) in the paper's Tables 1 and 7. Table 7 gives groups of classes:
-# "new" is the mean of the groups after the first.
-PAPER = {
-    ("voc", "19-1", "disjoint"): (76.8, 56.3, 75.8), ("voc", "19-1", "overlapped"): (76.6, 57.3, 75.7),
-    ("voc", "15-5", "disjoint"): (76.2, 49.2, 69.5), ("voc", "15-5", "overlapped"): (78.9, 57.8, 73.9),
-    ("voc", "15-1", "disjoint"): (72.6, 32.2, 62.5), ("voc", "15-1", "overlapped"): (72.4, 39.6, 64.6),
-    ("ade", "100-50", "disjoint"): (39.8, 28.0, 35.8),
-    ("ade", "100-10", "disjoint"): (37.0, (14.2 + 19.5 + 19.4 + 14.8 + 15.3) / 5, 30.2),
-    ("ade", "50-50", "disjoint"): (42.5, (28.3 + 25.3) / 2, 33.3),
-}
+# mIoU (old, new, all) of the paper's Tables 1 and 7, as printed there. In 19-1 disjoint its Joint row
+# has a new mIoU of 48.0, which does not fit its own mean: read 78.0.
+PAPER_ROWS = """
+voc    19-1 disjoint    19-1 overlapped  15-5 disjoint    15-5 overlapped  15-1 disjoint    15-1 overlapped
+ft     5.8 12.3 6.2     6.8 12.9 7.1     1.1 33.6 9.2     2.1 33.1 9.8     0.2 1.8 0.6      0.2 1.8 0.6
+pi     5.4 14.1 5.9     7.5 14.0 7.8     1.3 34.1 9.5     1.6 33.3 9.5     0.0 1.8 0.4      0.0 1.8 0.5
+ewc    23.2 16.0 22.9   26.9 14.0 26.3   26.7 37.7 29.4   24.3 33.5 27.1   0.3 4.3 1.3      0.3 4.3 1.3
+rw     19.4 15.7 19.2   23.3 14.2 22.9   17.9 36.9 22.7   16.6 34.9 21.2   0.2 5.4 1.5      0.0 5.2 1.3
+lwf    53.0 9.1 50.8    51.2 8.5 49.1    58.4 37.4 53.1   58.9 36.6 53.3   0.8 3.6 1.5      1.0 3.9 1.8
+lwf-mc 63.0 13.2 60.5   64.4 13.3 61.9   67.2 41.2 60.7   58.1 35.0 52.3   4.5 7.0 5.2      6.4 8.4 6.9
+ilt    69.1 16.4 66.4   67.1 12.3 64.4   63.2 39.5 57.3   66.3 40.6 59.9   3.7 5.7 4.2      4.9 7.8 5.7
+mib    69.6 25.6 67.4   70.2 22.1 67.8   71.8 43.3 64.7   75.5 49.4 69.0   46.2 12.9 37.9   35.1 13.5 29.7
+hrhf   76.8 56.3 75.8   76.6 57.3 75.7   76.2 49.2 69.5   78.9 57.8 73.9   72.6 32.2 62.5   72.4 39.6 64.6
+joint  77.4 48.0 77.4   77.4 78.0 77.4   79.1 72.6 77.4   79.1 72.6 77.4   79.1 72.6 77.4   79.1 72.6 77.4
+
+ade    100-50 disjoint
+ft     0.0 24.9 8.3
+lwf    21.1 25.6 22.6
+lwf-mc 34.2 10.5 26.3
+ilt    22.9 18.9 21.6
+mib    37.9 27.9 34.6
+hrhf   39.8 28.0 35.8
+joint  44.3 28.2 38.9
+"""
+# Table 7's other tasks list a column for every step: "new" is the mean of the columns after the first.
+PAPER_GROUPS = """
+ade    100-10 disjoint                     50-50 disjoint
+ft     0.0 0.0 0.0 0.0 0.0 16.6 1.1        0.0 0.0 22.0 7.3
+lwf    0.1 0.0 0.4 2.6 4.6 16.9 1.7        5.7 12.9 22.8 13.9
+lwf-mc 18.7 2.5 8.7 4.1 6.5 5.1 14.3       27.8 7.0 10.4 15.1
+ilt    0.3 0.0 1.0 2.1 4.6 10.7 1.4        8.4 9.7 14.3 10.8
+mib    31.8 10.4 14.8 12.8 13.6 18.7 25.9  35.5 22.2 23.6 27.0
+hrhf   37.0 14.2 19.5 19.4 14.8 15.3 30.2  42.5 28.3 25.3 33.3
+joint  44.3 26.1 42.8 26.7 28.1 17.3 38.9  51.1 38.3 28.2 38.9
+"""
+
+
+def paper_results():
+    """(data set, task, setting) -> method -> (old, new, all), in percent."""
+    results = {}
+    for block in (PAPER_ROWS + PAPER_GROUPS).strip().split("\n\n"):
+        (dataset, *head), *rows = (line.split() for line in block.strip().splitlines())
+        columns = list(zip(head[::2], head[1::2]))
+        for method, *numbers in rows:
+            numbers, start = [float(v) for v in numbers], 0
+            for task, setting in columns:
+                width = {"100-10": 7, "50-50": 4}.get(task, 3)
+                old, *new, all_classes = numbers[start:start + width]
+                results.setdefault((dataset, task, setting), {})[method] = (old, sum(new) / len(new), all_classes)
+                start += width
+    return results
+
+
+PAPER = paper_results()
 CONVENTIONS = {                                             # label -> background in old, background in all
     "background excluded": (False, False),
     "background in old": (True, True),
@@ -83,7 +129,7 @@ def summarize(confusion, steps):
             for name, (in_old, in_all) in CONVENTIONS.items()}
 
 
-def table(summary, paper=None):
+def table(summary, method, paper=None):
     """A Markdown table of one summary in percent, with the paper's row if there is one.
 
     The paper's 15-5 and 15-1 overlapped rows have the background in old, its others have it excluded.
@@ -93,8 +139,32 @@ def table(summary, paper=None):
     rows += [f"| {name} | " + " | ".join(percent(s[k]) for k in ("old", "new", "all")) + " |"
              for name, s in summary.items()]
     if paper:
-        rows.append("| paper, HRHF | " + " | ".join(f"{v:.1f}" for v in paper) + " |")
+        rows.append(f"| paper, {method} | " + " | ".join(f"{v:.1f}" for v in paper) + " |")
     return "\n".join(rows)
+
+
+def compare(runs, csv_path):
+    """Print a Markdown table, a row per method and a column per setting, the paper's numbers in brackets.
+
+    old / new / all in percent, background excluded. The same goes to csv_path, a line per run and number.
+    """
+    cells, lines = {}, ["run,method,dataset,task,setting,seed,group,mIoU,paper"]
+    for run in runs:
+        results = data.read_json(Path(run) / "results.json", {"final": dict, "settings": dict})
+        s, score = results["settings"], results["final"]["background excluded"]
+        column = s["dataset"], s["task"], s["setting"]
+        paper = PAPER.get(column, {}).get(s["method"])
+        ours = [math.nan if score[k] is None else 100 * score[k] for k in ("old", "new", "all")]
+        text = " / ".join(f"{v:.1f}" for v in ours) + (f" ({' / '.join(f'{v:.1f}' for v in paper)})" if paper else "")
+        cells.setdefault(s["method"], {}).setdefault(column, []).append(text)
+        lines += [f"{run},{s['method']},{','.join(column)},{s['seed']},{group},{v:.2f},{f'{p:.1f}' if paper else ''}"
+                  for group, v, p in zip(("old", "new", "all"), ours, paper or ours)]
+    columns = list(dict.fromkeys(c for row in cells.values() for c in row))
+    print("| mIoU (%), old / new / all (paper) | " + " | ".join(" ".join(c) for c in columns) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for method, row in cells.items():
+        print(f"| {method} | " + " | ".join("; ".join(row.get(c, ["-"])) for c in columns) + " |")
+    write_atomically(csv_path, lambda p: p.write_text("\n".join(lines) + "\n"))
 
 
 def test_view(dataset, labels, steps, step, crop, name):
@@ -177,7 +247,8 @@ def save_predictions(model, view, path, device, count=8):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Score a run again, or segment pictures with its last model.")
-    parser.add_argument("run", help="run folder that train.py wrote")
+    parser.add_argument("run", nargs="?", help="run folder that train.py wrote")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print one table of these runs, and write compare.csv")
     parser.add_argument("--predict", nargs="+", metavar="PATH", help="segment these images and folders instead")
     parser.add_argument("--out", default="predictions", help="folder for --predict's PNGs")
     parser.add_argument("--data-root", help="where the data is now, if it was moved since the run")
@@ -186,6 +257,10 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    if args.compare:
+        return compare(args.compare, Path("compare.csv"))
+    if not args.run:
+        raise InputError("name a run folder, or --compare several")
     run = Path(args.run)
     settings = argparse.Namespace(**data.read_json(run / "settings.json", {"dataset": str, "task": str, "crop": int}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -226,7 +301,9 @@ def main(argv=None):
     results = data.read_json(run / "results.json", {"steps": list})
     dataset = data.load(settings.dataset, args.data_root or settings.data_root, "val")
     labels = dataset.labels()
-    steps = data.task_steps(settings.task, len(dataset.classes) - 1)
+    steps = groups = data.task_steps(settings.task, len(dataset.classes) - 1)
+    if len(results["steps"]) == 1:                          # joint: one step on all classes
+        steps = [sum(groups, [])]
     same = True
     for step, recorded in enumerate(results["steps"]):
         model, _ = load_model(run / f"step-{step}.pth", device)
@@ -235,7 +312,8 @@ def main(argv=None):
         same_step = confusion.tolist() == recorded["confusion"]
         same = same and same_step
         print(f"step {step}: {'exactly as recorded' if same_step else 'differs from results.json'}")
-    print(table(summarize(confusion, steps), PAPER.get((settings.dataset, settings.task, settings.setting))))
+    paper = PAPER.get((settings.dataset, settings.task, settings.setting), {}).get(settings.method)
+    print(table(summarize(confusion, groups), settings.method, paper))
     if not same:
         sys.exit(1)
 

@@ -165,7 +165,7 @@ class DeepLabV3(nn.Module):
     pretrained:       None, "imagenet" (torchvision's download) or a weights file of the backbone
 
     forward: (B, 3, H, W) normalised images -> (B, C_t, H / stride, W / stride) logits, C_t the sum
-    of classes_per_step. Upsampling is the caller's.
+    of classes_per_step. Upsampling is the caller's. With features=True also the backbone's output.
     """
 
     def __init__(self, backbone, classes_per_step, pretrained=None):
@@ -196,9 +196,11 @@ class DeepLabV3(nn.Module):
     def classes_per_step(self):
         return [classifier.out_channels for classifier in self.classifiers]
 
-    def forward(self, x):
-        features = self.head(self.body(x))                                      # (B, 256, h, w)
-        return torch.cat([classifier(features) for classifier in self.classifiers], dim=1)
+    def forward(self, x, features=False):
+        body = self.body(x)                                                     # (B, 2048, h, w)
+        head = self.head(body)                                                  # (B, 256, h, w)
+        logits = torch.cat([classifier(head) for classifier in self.classifiers], dim=1)
+        return (logits, body) if features else logits
 
     @torch.no_grad()
     def add_classes(self, n, init="background"):

@@ -22,6 +22,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+import baselines
 import data
 import distill
 import eval as evaluation
@@ -1170,7 +1171,9 @@ def test_resume_equals_uninterrupted_also_in_the_middle_of_an_epoch_and_of_a_syn
                 raise KeyboardInterrupt
             return real(*args, **kwargs)
         monkeypatch.setattr(module, name, wrapper)
+    monkeypatch.setattr(train, "hrhf", baselines.METHODS["hrhf"].loss, raising=False)
     stopping(train, "hrhf"), stopping(seginversion, "invert"), stopping(train, "evaluate")
+    monkeypatch.setitem(baselines.METHODS, "hrhf", baselines.METHODS["hrhf"]._replace(loss=train.hrhf))
     interruptions = 0
     for _ in range(len(stops) + 1):
         try:
@@ -1246,7 +1249,8 @@ def test_a_step_without_images_is_refused_before_training_but_passed_over_in_a_s
 
 def test_a_weight_that_is_not_finite_after_the_last_iteration_is_not_saved(finished, tmp_path, monkeypatch):
     # a finite loss, 0, with a gradient that is none: the root's is infinite there
-    monkeypatch.setattr(train, "hrhf", lambda student, teacher, batch, lam: {"seg": student(batch[0]).mul(0).sum().sqrt()})
+    monkeypatch.setitem(baselines.METHODS, "hrhf", baselines.METHODS["hrhf"]._replace(
+        loss=lambda student, teacher, batch, lam: {"seg": student(batch[0]).mul(0).sum().sqrt()}))
     with pytest.raises(FloatingPointError, match="step 0: a weight is not finite"):
         train.main(f"{COMMON} --data-root {finished}/data --max-iters 1 --out {tmp_path}/run".split())
     assert not (tmp_path / "run/step-0.pth").exists()
@@ -1293,8 +1297,9 @@ def test_the_recipe_is_mibs_and_every_step_has_the_right_teacher_seeds_and_numbe
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: (seen.append(keep(*a, **k)), real(*a, **k))[1])
     spy(torch.optim, "SGD", optimizers, lambda parameters, **options: options)
-    spy(train, "hrhf", methods, lambda student, teacher, batch, lam: (
+    spy(distill, "hrhf", methods, lambda student, teacher, batch, lam: (
         None if teacher is None else copy.deepcopy(teacher.state_dict()), batch[1], student.training, lam))
+    monkeypatch.setitem(baselines.METHODS, "hrhf", baselines.METHODS["hrhf"]._replace(loss=distill.hrhf))
     spy(train, "synthesize", pools, lambda net, folder, number, **options: (number, options))
     spy(data, "train_batches", loaders, lambda *a: a)
     train.main(f"{COMMON} --data-root {finished}/data --epochs 2 --epochs0 3 --lr0 0.02 --lr 0.01 --lam 0 --void ignore --num-fakes 5 "
@@ -1457,14 +1462,17 @@ def parallel_work(folder, rank, world):
     val, real = (data.load("folder", folder / "data", split) for split in ("val", "train"))
     view = data.View(val, range(7), data.label_map([[1, 2], [3]], 1, "test"), data.test_transform(32))
     confusion = evaluation.evaluate(student.train(), view, cpu, rank=rank, world=world, batch_size=2)
-    fakes = seginversion.synthesize(teacher, folder / f"fakes-{world}", 10, size=32, batch_size=2, seed=3, rank=rank, world=world, steps=2)
+    fakes = seginversion.synthesize(teacher, folder / f"fakes-{world}", 10, size=32, batch_size=2, seed=3, rank=rank, world=world,
+                                    steps=2, report=logged.append)
+    assert len(logged) == len(range(rank, 5, world))        # of five batches
+    logged.clear()
     def method(student, teacher, batch):                    # BatchNorm in evaluation mode: SyncBatchNorm has no CPU form
         assert len(batch[0]) == 4 // world
         return distill.hrhf(student.eval(), teacher, batch)
     view = data.View(real, range(8), data.label_map([[1, 2], [3]], 1, "train"), data.train_transform(32), fakes)
     args = train.parse("--crop 32 --batch-size 4 --max-iters 5 --lr 0.05 --workers 0".split())
     (folder / f"run-{world}").mkdir(exist_ok=True)
-    train.train_step(student, teacher, method, view, (2, 2), 1, args, folder / f"run-{world}", lambda **event: logged.append(event),
+    train.train_step(student, teacher, method, None, view, (2, 2), 1, args, folder / f"run-{world}", lambda **event: logged.append(event),
                      {}, rank, world, cpu)
     torch.save((confusion, student.state_dict(), [event["loss"] for event in logged]), folder / f"work-{rank}-of-{world}.pt")
 

@@ -29,8 +29,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import data
+from baselines import METHODS
 from data import InputError, derive_seed, write_atomically
-from distill import hrhf
 from eval import PAPER, autocast, evaluate, iou, save_predictions, summarize, table, test_view
 from model import BACKBONES, UNREADABLE, DeepLabV3, load_model, save_model
 from seginversion import parse_r, save_fakes, synthesize
@@ -62,7 +62,7 @@ def parse(argv=None):
     a("--split-dir", help="folder of MiB's train-<step>.npy lists, to compare with its ADE numbers")
     a("--void", choices=["background", "ignore"], default="background",
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
-    a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>")
+    a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>[-<method>]")
     a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller ones for fewer or no GPUs")
     a("--pretrained", default="imagenet",
       help="imagenet (download), none, or a file: torchvision's or Mapillary's iABN")
@@ -72,10 +72,12 @@ def parse(argv=None):
     a("--epochs0", type=int, help="step 0, if it needs another number")
     a("--lr0", type=float, default=1e-2, help="step 0")
     a("--lr", type=float, default=1e-3, help="later steps; lower it first if old classes collapse")
-    a("--lam", type=float, default=1.0, help="weight of the distillation, Eq. 5 (0: Table 5's W/O KD)")
-    a("--init", choices=["background", "random"], default="background", help="of new classifiers; background is MiB's")
-    a("--fake", choices=["seginversion", "noise", "none"], default="seginversion",
-      help="Table 2: none is its Baseline, noise its +Noise")
+    a("--method", choices=list(METHODS), default="hrhf", help="a row of Tables 1 and 7")
+    a("--lam", type=float, help="weight of the method's term against forgetting, if not its own (HRHF's is 1, Eq. 5; "
+      "0: Table 5's W/O KD)")
+    a("--init", choices=["background", "random"], help="of new classifiers, if not the method's (HRHF's: background)")
+    a("--fake", choices=["seginversion", "noise", "none"],
+      help="if not the method's. Table 2: none is its Baseline, noise its +Noise")
     a("--r", default="random", help="scale of Eq. 1: a number, avg or max (Tables 3 and 4)")
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
     a("--num-fakes", type=int, help="per step, if not as many as it has real images (at most 1024)")
@@ -102,9 +104,14 @@ def parse(argv=None):
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {least}")
     parse_r(args.r)
+    method = METHODS[args.method]
+    args.lam = method.lam if args.lam is None else args.lam
+    args.init = args.init or method.init
+    args.fake = args.fake or ("seginversion" if method.fakes else "none")
     args.epochs0 = args.epochs0 or args.epochs
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
-    args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}"
+    method_name = "" if args.method == p.get_default("method") else f"-{args.method}"
+    args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}{method_name}"
     if args.workers is None:
         args.workers = data.default_workers()
     return args
@@ -204,8 +211,12 @@ class Log:
             print(line, file=self.file, flush=True)
 
 
-def train_step(student, teacher, method, view, parts, step, args, run, log, seconds, rank, world, device):
-    """Train one step, from the last whole epoch on if there is one; `seconds` is kept up to date."""
+def train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds, rank, world, device):
+    """Train one step, from the last whole epoch on if there is one; `seconds` is kept up to date.
+
+    method:     (student, teacher, batch) -> named loss terms
+    importance: None, or what adds lam * importance.penalty(student) to them
+    """
     real, fake = parts
     per_epoch = max(1, len(view.indices) // real)
     iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
@@ -227,6 +238,8 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, seco
             student.load_state_dict(state["model"])
             for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
                 part.load_state_dict(state[name])
+            if importance:
+                importance.load_state_dict(state["importance"])
             start = state["iteration"]
             seconds.update(state["seconds"])
             log(step=step, resumed_at=start)
@@ -250,6 +263,12 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, seco
             terms = method(wrapped, teacher, (images, labels))
         optimizer.zero_grad()
         scaler.scale(sum(terms.values())).backward()
+        if importance:                                      # its update looks at the task's gradients alone
+            scaler.unscale_(optimizer)
+            importance.update(student)
+            if importance.omega:
+                terms["penalty"] = args.lam * importance.penalty(student)
+                terms["penalty"].backward()
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
@@ -278,7 +297,8 @@ def train_step(student, teacher, method, view, parts, step, args, run, log, seco
             write_atomically(last, lambda p: torch.save({
                 "step": step, "iteration": iteration, "seconds": seconds,
                 "model": student.state_dict(), "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict()}, p))
+                "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
+                "importance": importance and importance.state_dict()}, p))
         arrived = time.monotonic()
     if not all(bool(v.isfinite().all()) for v in student.state_dict().values()):
         raise FloatingPointError(f"step {step}: a weight is not finite after the last iteration. "
@@ -291,7 +311,9 @@ def main(argv=None):
                          "two images for each (BatchNorm after global pooling has one value per image)")
     run = Path(args.out)
     train_set, test_set = (data.load(args.dataset, args.data_root, split) for split in ("train", "val"))
-    steps = data.task_steps(args.task, len(train_set.classes) - 1)
+    steps = groups = data.task_steps(args.task, len(train_set.classes) - 1)
+    if METHODS[args.method].offline:
+        steps = [sum(groups, [])]                           # trained in one step, scored in the task's groups
     for step in range(len(steps)):
         batch_parts(args, step)
     if rank == 0:
@@ -303,7 +325,7 @@ def main(argv=None):
     log(command=" ".join(sys.argv), processes=world, device=str(device), torch=torch.__version__)
     inversion = {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
                  "tv": args.tv, "bn": args.bn}
-    method = partial(hrhf, lam=args.lam)
+    method = partial(METHODS[args.method].loss, lam=args.lam)
 
     for step in range(len(steps)):
         checkpoint, record = run / f"step-{step}.pth", run / f"step-{step}.json"
@@ -325,7 +347,7 @@ def main(argv=None):
                 if world > 1 and not rank:
                     dist.barrier()
             else:
-                teacher, _ = load_model(run / f"step-{step - 1}.pth", device)
+                teacher, about = load_model(run / f"step-{step - 1}.pth", device)
                 teacher.requires_grad_(False)
                 if parts[1] and images:
                     began = time.monotonic()
@@ -342,13 +364,17 @@ def main(argv=None):
                 student, _ = load_model(run / f"step-{step - 1}.pth")
                 student.add_classes(len(steps[step]), args.init)
             student.to(device)
+            importance = METHODS[args.method].importance
+            if importance:
+                importance = importance(student, teacher, teacher and about["importance"])
             view = data.View(train_set, images, data.label_map(steps, step, "train", args.void),
                              data.train_transform(args.crop), fakes)
             if images:
-                train_step(student, teacher, method, view, parts, step, args, run, log, seconds, rank, world, device)
+                train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds, rank, world, device)
             if rank == 0:
                 channels = [0] + [c for classes in steps[:step + 1] for c in classes]
                 save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion, seconds=seconds,
+                           importance=importance and importance.state_dict(),
                            classes=[train_set.classes[c] for c in channels])
                 (run / "last.pth").unlink(missing_ok=True)
             if world > 1:
@@ -363,27 +389,28 @@ def main(argv=None):
                 save_predictions(model, view, run / "predictions.png", device)
             write_atomically(record, lambda p: p.write_text(strict_json(
                 {"confusion": confusion.tolist(), "seconds": seconds})))
-            log(step=step, **summarize(confusion, steps)["background excluded"], seconds=seconds)
+            log(step=step, **summarize(confusion, groups)["background excluded"], seconds=seconds)
 
     if rank == 0:
-        write_results(run, args, steps, train_set.classes, world, device)
+        write_results(run, args, steps, groups, train_set.classes, world, device)
 
 
-def write_results(run, args, steps, classes, world, device):
+def write_results(run, args, steps, groups, classes, world, device):
     """results.json, and the table on the screen."""
     channels = ["background" if c == 0 else classes[c] for c in [0] + [c for part in steps for c in part]]
     records = []
     for step in range(len(steps)):
         record = data.read_json(run / f"step-{step}.json", {"confusion": list, "seconds": dict})
         confusion = torch.tensor(record["confusion"])
-        records.append({"iou": dict(zip(channels, iou(confusion).tolist())), **summarize(confusion, steps), **record})
+        records.append({"iou": dict(zip(channels, iou(confusion).tolist())), **summarize(confusion, groups), **record})
     results = {"settings": vars(args), "processes": world, "device": str(device),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                             "torchvision": torchvision.__version__},
-               "final": summarize(confusion, steps), "steps": records}
+               "final": summarize(confusion, groups), "steps": records}
     write_atomically(run / "results.json", lambda p: p.write_text(strict_json(results)))
-    print(f"\n{args.dataset} {args.task} {args.setting}, after step {len(steps) - 1} ({run / 'results.json'}):")
-    print(table(results["final"], PAPER.get((args.dataset, args.task, args.setting))))
+    print(f"\n{args.dataset} {args.task} {args.setting}, {args.method}, after step {len(steps) - 1} "
+          f"({run / 'results.json'}):")
+    print(table(results["final"], args.method, PAPER.get((args.dataset, args.task, args.setting), {}).get(args.method)))
 
 
 if __name__ == "__main__":
