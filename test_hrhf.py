@@ -268,6 +268,7 @@ def test_every_3x3_convolution_after_stride_16_is_dilated_and_the_aspp_has_rates
     branch = net.head.branches[1].weight                    # Xavier normal with the leaky ReLU's gain
     fans = (branch.shape[0] + branch.shape[1]) * 9
     assert branch.std().item() == pytest.approx(math.sqrt(2 / (1 + 0.01 ** 2)) * math.sqrt(2 / fans), rel=0.02)
+    assert branch.abs().max() > 3 * branch.std()            # a uniform's ends at 1.7
 
 
 def test_aspp_is_its_definition_written_out():
@@ -1452,6 +1453,251 @@ def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finis
         seginversion.main(["--checkpoint", "nowhere.pth", "--classes", "cat"])
 
 
+# --------------------------------------------------------------------------------------- baselines.py
+
+def naive_losses(s, t, labels):
+    """Every baseline's loss in plain loops over pixels and probabilities. s, t: (B, C, H, W) float64."""
+    B, C_t, H, W = s.shape
+    C_old, sums = t.shape[1], dict.fromkeys(("ce", "kd", "uce", "ukd", "bce", "bkd"), 0)
+    for b in range(B):
+        for i in range(H):
+            for j in range(W):
+                v, w, y = s[b, :, i, j], t[b, :, i, j], int(labels[b, i, j])
+                q, p = v.exp() / v.exp().sum(), w.exp() / w.exp().sum()
+                cut = v[:C_old].exp() / v[:C_old].exp().sum()
+                folded = torch.cat([q[:1] + q[C_old:].sum(), q[1:C_old]])
+                sums["kd"] = sums["kd"] - (p * cut.log()).sum() / C_old
+                sums["ukd"] = sums["ukd"] - (p * folded.log()).sum() / C_old
+                g, h = 1 / (1 + (-v).exp()), 1 / (1 + (-w).exp())
+                sums["bkd"] = sums["bkd"] - (h * g[:C_old].log() + (1 - h) * (1 - g[:C_old]).log()).sum()
+                if y != 255:
+                    sums["ce"] = sums["ce"] - q[y].log()
+                    sums["uce"] = sums["uce"] - (q[:C_old].sum() if y < C_old else q[y]).log()
+                    hot = torch.arange(C_t) == y
+                    sums["bce"] = sums["bce"] - torch.where(hot, g, 1 - g).log().sum()
+    return {name: torch.as_tensor(value, dtype=torch.float64) / (B * H * W) for name, value in sums.items()}
+
+
+@pytest.mark.parametrize("C_old, C_new", [(16, 1), (16, 5), (101, 10), (3, 2)])
+@pytest.mark.parametrize("labelling", ["mixed", "with void", "all void", "no new class"])
+def test_the_baselines_losses_are_their_formulas_in_a_naive_loop_value_and_gradient(C_old, C_new, labelling):
+    s, t = logits(2, C_old + C_new, 3, 2), logits(2, C_old, 3, 2)
+    labels = torch.zeros(2, 3, 2, dtype=torch.uint8)
+    if labelling != "no new class":
+        labels[:, 1:] = torch.randint(C_old, C_old + C_new, (2, 2, 2))
+    if labelling == "with void":
+        labels[0, 2] = 255
+    elif labelling == "all void":
+        labels[:] = 255
+    naive = naive_losses(s, t.detach(), labels)
+    mc = baselines.lwf_mc_loss(s, labels, t)
+    mine = {"ce": baselines.cross_entropy(s, labels), "kd": baselines.knowledge_distillation(s, t),
+            "uce": baselines.unbiased_cross_entropy(s, labels, C_old), "ukd": baselines.unbiased_distillation(s, t),
+            "bce": mc["bce"], "bkd": mc["kd"]}
+    for name, loss in mine.items():
+        torch.testing.assert_close(loss, naive[name], msg=lambda m: f"{name}: {m}")
+        if loss.detach() == 0:
+            continue
+        torch.testing.assert_close(torch.autograd.grad(loss, s, retain_graph=True)[0],
+                                   torch.autograd.grad(naive[name], s, retain_graph=True)[0])
+    assert t.grad is None and not any(torch.autograd.grad(sum(mine.values()), t, allow_unused=True))
+
+
+def test_unbiased_cross_entropy_takes_every_old_id_for_background():
+    s = logits(1, 5, 1, 3)
+    labels = torch.tensor([[[0, 2, 4]]])
+    torch.testing.assert_close(baselines.unbiased_cross_entropy(s, labels, 3),
+                               baselines.unbiased_cross_entropy(s, torch.tensor([[[0, 0, 4]]]), 3))
+
+
+def test_mibs_distillation_is_eq_3_over_the_number_of_old_classes():
+    s, t = logits(2, 7, 3, 3), logits(2, 5, 3, 3)
+    torch.testing.assert_close(5 * baselines.unbiased_distillation(s, t), distill.distillation_loss(s, t))
+
+
+class TwoHeads(nn.Module):
+    """A network whose logits and features are one 1x1 convolution each."""
+
+    def __init__(self, C):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, C, 1)
+
+    def forward(self, x, features=False):
+        body = self.body(x)
+        return (self.head(body), body) if features else self.head(body)
+
+
+def test_every_method_weighs_its_terms_as_published():
+    student, teacher = TwoHeads(5), TwoHeads(3)
+    x, labels = torch.randn(2, 3, 4, 4), torch.randint(3, 5, (2, 4, 4), dtype=torch.uint8)
+    (s, f), (t, g) = student(x, features=True), teacher(x, features=True)
+    ce = F.cross_entropy(s, labels.long())
+    kd = -(t.softmax(1) * s[:, :3].log_softmax(1)).sum(1).mean() / 3
+    bce = F.binary_cross_entropy_with_logits(s, F.one_hot(labels.long(), 5).movedim(-1, 1).float(), reduction="sum") / 32
+    bkd = F.binary_cross_entropy_with_logits(s[:, :3], t.sigmoid(), reduction="sum") / 32
+    expected = {
+        "ft": {"ce": ce}, "ewc": {"ce": ce}, "pi": {"ce": ce}, "rw": {"ce": ce}, "joint": {"ce": ce},
+        "lwf": {"ce": ce, "kd": 100 * kd},
+        "lwf-mc": {"bce": bce, "kd": 10 * bkd},
+        "ilt": {"ce": ce, "kd": 100 * kd, "features": 100 * (f - g).square().mean()},
+        "mib": {"ce": baselines.unbiased_cross_entropy(s, labels, 3), "kd": 10 * distill.distillation_loss(s, t) / 3},
+        "hrhf": distill.hrhf_loss(s, t, labels, 1.0),
+    }
+    assert expected.keys() == baselines.METHODS.keys()
+    for name, terms in expected.items():
+        method = baselines.METHODS[name]
+        torch.testing.assert_close(method.loss(student, teacher, (x, labels), method.lam), terms, msg=lambda m: f"{name}: {m}")
+        sum(method.loss(student, teacher, (x, labels), method.lam).values()).backward()
+        first = method.loss(student, None, (x, labels), method.lam)              # step 0: the task's loss alone
+        torch.testing.assert_close(first, {"hrhf": {"seg": ce}, "lwf-mc": {"bce": bce}}.get(name, {"ce": ce}))
+    assert all(p.grad is None for p in teacher.parameters())
+    weights = {name: (m.lam, m.init, m.importance, m.fakes, m.offline) for name, m in baselines.METHODS.items()}
+    assert weights["ewc"] == (500, "random", baselines.EWC, False, False)
+    assert weights["pi"] == (500, "random", baselines.PI, False, False)
+    assert weights["rw"] == (100, "random", baselines.RW, False, False)
+    assert weights["mib"][1] == weights["hrhf"][1] == "background" and weights["hrhf"][3] and weights["joint"][4]
+
+
+def walk(rule, model, importance, iterations):
+    """Update `importance` over random gradients and moves; returns the parameters before every move, and the gradients."""
+    history = []
+    for _ in range(iterations):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        importance.update(model)
+        history.append([(p.detach().clone(), p.grad.clone()) for p in model.parameters()])
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad + 0.05
+    return history
+
+
+def min_max(v):
+    return (v - v.min()) / (v.max() - v.min() + 1e-8)
+
+
+@pytest.mark.parametrize("rule", ["EWC", "PI", "RW"])
+def test_the_importances_are_their_published_recursions_over_two_steps_value_and_gradient(rule):
+    Rule = getattr(baselines, rule)
+    model = nn.Linear(3, 2).double()
+    names = [name for name, _ in model.named_parameters()]
+    first = Rule(model)
+    assert not first.omega
+    starts, fishers, scores = [], [torch.ones_like(p) for p in model.parameters()], [0, 0]
+    state, objects = None, [first]
+    for step in range(2):
+        importance = objects[-1]
+        starts = [p.detach().clone() for p in model.parameters()]
+        history = walk(rule, model, importance, 23)
+        state = copy.deepcopy(importance.state_dict())
+        objects.append(Rule(model, model, state))
+        for k, name in enumerate(names):
+            theta, g = zip(*[h[k] for h in history])
+            end, delta, raw, F_ = dict(model.named_parameters())[name].detach(), 0, 0, fishers[k]
+            for i in range(23):
+                if i > 0:
+                    delta = delta + g[i] * (theta[i - 1] - theta[i])
+                if i in (10, 20):
+                    d = theta[i - 10] - theta[i]
+                    raw = raw + g[i] * d / (0.5 * F_ * d ** 2 + 1e-8)
+                F_ = 0.9 * g[i] ** 2 + 0.1 * F_
+            fishers[k] = F_
+            if rule == "EWC":
+                omega = min_max(F_)
+            elif rule == "PI":
+                scores[k] = scores[k] + (delta / ((end - starts[k]) ** 2 + 1e-20)).clamp(min=0)
+                omega = min_max(scores[k])
+            else:
+                new = raw.clamp(min=0)
+                scores[k] = new if step == 0 else 0.5 * (new + scores[k])
+                omega = min_max(F_) + min_max(scores[k])
+            torch.testing.assert_close(objects[-1].omega[name], omega, msg=lambda m: f"step {step} {name}: {m}")
+    last = objects[-1]
+    assert last.penalty(model).item() == 0
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p += torch.randn_like(p)
+    penalty = last.penalty(model)
+    torch.testing.assert_close(penalty, sum((last.omega[n] * (p.detach() - old[n]) ** 2).sum() for n, p in model.named_parameters()))
+    for name, p in model.named_parameters():
+        gradient, = torch.autograd.grad(penalty, p, retain_graph=True)
+        torch.testing.assert_close(gradient, 2 * last.omega[name] * (p.detach() - old[name]))
+
+
+@pytest.mark.parametrize("rule", ["EWC", "PI", "RW"])
+def test_an_importance_goes_on_from_its_state_and_lets_new_classifiers_free(rule):
+    Rule = getattr(baselines, rule)
+    teacher = tiny((3,))
+    teacher_state = Rule(teacher).state_dict()
+    student = copy.deepcopy(teacher)
+    student.add_classes(2, "random")
+    whole, parts = (Rule(student, teacher, teacher_state) for _ in range(2))
+    assert whole.omega.keys() == dict(teacher.named_parameters()).keys()
+    twin = copy.deepcopy(student)
+    torch.manual_seed(1)
+    walk(rule, student, whole, 14)
+    torch.manual_seed(1)
+    walk(rule, twin, parts, 7)
+    resumed = Rule(twin, teacher, teacher_state)
+    resumed.load_state_dict(copy.deepcopy(parts.state_dict()))
+    walk(rule, twin, resumed, 7)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", list(baselines.METHODS))
+def test_every_method_runs_all_steps_and_resumes_to_the_same_network(finished, tmp_path, monkeypatch, method):
+    command = f"{COMMON} --data-root {finished}/data --epochs 2 --method {method}"
+    last = 0 if method == "joint" else 2
+    train.main(f"{command} --out {tmp_path}/a".split())
+    calls, real = [], baselines.METHODS[method]
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return real.loss(*args, **kwargs)
+    monkeypatch.setitem(baselines.METHODS, method, real._replace(loss=stopping))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(f"{command} --out {tmp_path}/b".split())
+    train.main(f"{command} --out {tmp_path}/b".split())
+    assert same_weights(tmp_path / f"a/step-{last}.pth", tmp_path / f"b/step-{last}.pth")
+    results = json.loads((tmp_path / "a/results.json").read_text())
+    assert len(results["steps"]) == last + 1 and results["settings"]["lam"] == real.lam
+    final = results["final"]["background excluded"]
+    assert final["old"] is not None and final["new"] is not None and len(final["per_step"]) == 3
+    log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    terms = {k for line in log if line.get("step") == last and "iteration" in line for k in line}
+    assert ("penalty" in terms) == (method in ("ewc", "pi", "rw"))
+    assert bool(list((tmp_path / "a").glob("fakes-step-*"))) == (method == "hrhf")
+    evaluation.main([f"{tmp_path}/a"])
+
+
+def test_compare_prints_one_table_with_the_papers_numbers_and_writes_csv(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, method, task, score in (("a", "ft", "15-1", (0.1, 0.2, 0.125)), ("b", "mib", "15-1", (0.5, 0.25, 0.45)),
+                                      ("c", "mib", "15-5", (0.6, None, 0.6))):
+        Path(name).mkdir()
+        Path(name, "results.json").write_text(json.dumps({
+            "settings": {"dataset": "voc", "task": task, "setting": "disjoint", "method": method, "seed": 1},
+            "final": {"background excluded": dict(zip(("old", "new", "all"), score))}}))
+    evaluation.main(["--compare", "a", "b", "c"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| mIoU (%), old / new / all (paper) | voc 15-1 disjoint | voc 15-5 disjoint |", "|---|---|---|",
+        "| ft | 10.0 / 20.0 / 12.5 (0.2 / 1.8 / 0.6) | - |",
+        "| mib | 50.0 / 25.0 / 45.0 (46.2 / 12.9 / 37.9) | 60.0 / nan / 60.0 (71.8 / 43.3 / 64.7) |"]
+    lines = Path("compare.csv").read_text().splitlines()
+    assert lines[0] == "run,method,dataset,task,setting,seed,group,mIoU,paper" and len(lines) == 10
+    assert lines[4] == "b,mib,voc,15-1,disjoint,1,old,50.00,46.2"
+
+
+def test_the_papers_tables_are_read_right():
+    assert len(evaluation.PAPER) == 9 and all(len(rows) == (10 if key[0] == "voc" else 7) for key, rows in evaluation.PAPER.items())
+    assert evaluation.PAPER["voc", "15-1", "overlapped"]["hrhf"] == (72.4, 39.6, 64.6)
+    assert evaluation.PAPER["voc", "19-1", "disjoint"]["ewc"] == (23.2, 16.0, 22.9)
+    assert evaluation.PAPER["ade", "100-10", "disjoint"]["mib"] == pytest.approx((31.8, (10.4 + 14.8 + 12.8 + 13.6 + 18.7) / 5, 25.9))
+    assert evaluation.PAPER["ade", "50-50", "disjoint"]["lwf"] == pytest.approx((5.7, (12.9 + 22.8) / 2, 13.9))
+
+
 # ------------------------------------------------------------------------------- two ranks equal one
 
 def parallel_work(folder, rank, world):
@@ -1472,9 +1718,14 @@ def parallel_work(folder, rank, world):
     view = data.View(real, range(8), data.label_map([[1, 2], [3]], 1, "train"), data.train_transform(32), fakes)
     args = train.parse("--crop 32 --batch-size 4 --max-iters 5 --lr 0.05 --workers 0".split())
     (folder / f"run-{world}").mkdir(exist_ok=True)
-    train.train_step(student, teacher, method, None, view, (2, 2), 1, args, folder / f"run-{world}", lambda **event: logged.append(event),
+    importance = baselines.RW(student, teacher, baselines.RW(teacher).state_dict())
+    for name, p in teacher.named_parameters():              # something to penalise
+        importance.omega[name] = torch.linspace(0, 1, p.numel()).view_as(p)
+    train.train_step(student, teacher, method, importance, view, (2, 2), 1, args, folder / f"run-{world}",
+                     lambda **event: logged.append(event),
                      {}, rank, world, cpu)
-    torch.save((confusion, student.state_dict(), [event["loss"] for event in logged]), folder / f"work-{rank}-of-{world}.pt")
+    torch.save((confusion, {**student.state_dict(), **{f"F {name}": F for name, F in importance.fisher.items()}},
+                [event["loss"] for event in logged]), folder / f"work-{rank}-of-{world}.pt")
 
 
 def rank_process(rank, folder):
