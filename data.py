@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -287,18 +288,13 @@ class Files:
 def voc_layout(root, classes, list_name, mask_folder):
     """VOC's folders: ids one a line, or MiB's two columns "/JPEGImages/x.jpg /SegmentationClassAug/x.png"."""
     lines = read_lines(root / "ImageSets" / "Segmentation" / f"{list_name}.txt")
-    image_of, mask_of = pictures(root / "JPEGImages"), pictures(root / mask_folder)
-    images, masks = [], []
-    for line in lines:
-        columns = line.split()
-        if len(columns) == 2 and all("/" in column for column in columns):
-            image, mask = (root / column.lstrip("/") for column in columns)
-        else:
-            image = image_of.get(line, root / "JPEGImages" / f"{line}.jpg")
-            mask = mask_of.get(line, root / mask_folder / f"{line}.png")
-        images.append(image)
-        masks.append(mask)
-    return Files(images, masks, classes, root / f".labels-{list_name}.json")
+    if all(re.fullmatch(r"\S*/\S* \S*/\S*", line) for line in lines):
+        images, masks = zip(*[[root / column.lstrip("/") for column in line.split()] for line in lines])
+    else:
+        image_of, mask_of = pictures(root / "JPEGImages"), pictures(root / mask_folder)
+        images = [image_of.get(line, root / "JPEGImages" / f"{line}.jpg") for line in lines]
+        masks = [mask_of.get(line, root / mask_folder / f"{line}.png") for line in lines]
+    return Files(list(images), list(masks), classes, root / f".labels-{list_name}.json")
 
 
 def pictures(folder):

@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 
 
-
-
 def upsample(logits, labels):
     """Bring logits (B, C, h, w) to the labels' size (B, H, W), bilinearly, in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -27,7 +27,7 @@ def scale_aware_aggregation(scores, r):
     B, C = scores.shape[:2]
     s = scores.flatten(2)                                           # (B, C, H*W)
     r = r.to(s.device, non_blocking=True).expand(B, C)
-    is_mean, is_max = r == 0, torch.isinf(r)
+    is_mean, is_max = r < 1e-300, torch.isinf(r)                    # below, 1 / r may overflow
     finite_r = r.masked_fill(is_mean | is_max, 1.0)
 
     # exp(r * (s - top)) never overflows; log1p and expm1 keep what a small r leaves of it. float64,

@@ -81,7 +81,7 @@ def test_saa_at_r_0_is_the_mean_and_at_inf_the_maximum_also_mixed_in_one_tensor(
     torch.testing.assert_close(gradient.sum((2, 3)), torch.ones(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("r", [1e-300, 1e-20, 1e-12, 1e-8, 1e-7])
+@pytest.mark.parametrize("r", [5e-324, 1e-310, 1e-300, 1e-20, 1e-12, 1e-8, 1e-7])
 def test_saa_tends_to_the_mean_for_small_r_value_and_gradient(r):
     s = (torch.randn(2, 3, 32, 32) * 10 + 5).requires_grad_()
     y = scale_aware_aggregation(s, r)
@@ -581,6 +581,10 @@ def test_voc_lists_of_ids_and_mibs_two_columns_are_the_same(tmp_path):
     assert ids.images == columns.images and ids.masks == columns.masks and len(ids) == 2
     assert ids.labels() == columns.labels() == [[0, 2, 255], [0, 3, 255]]
     assert len(ids.classes) == 21
+    (root / "SegmentationClassAug").unlink()                # two columns ask for no other folder
+    (root / "SegmentationClass").rename(root / "masks")
+    (root / "ImageSets/Segmentation/val.txt").write_text("/JPEGImages/val0.jpg /masks/val0.png\n")
+    assert data.load("voc", tmp_path, "val").labels() == [[0, 1, 255]]
 
 
 def test_ade_is_read_in_sorted_order_with_its_class_names(tmp_path):
@@ -1198,6 +1202,9 @@ def test_settings_may_change_until_something_is_trained_and_the_data_may_move(fi
     assert not (tmp_path / "run/.last.pth.1.tmp").exists()
     make_folder(tmp_path / "moved", train=24, val=8)
     train.main(command.replace(f"{finished}/data", f"{tmp_path}/moved").split())
+    (tmp_path / "moved/classes.txt").write_text("background\ndog\ncat\ncow\n")
+    with pytest.raises(InputError, match="classes, images or labels have changed"):                # but not change
+        train.main(command.replace(f"{finished}/data", f"{tmp_path}/moved").split())
 
 
 def test_finished_steps_copied_into_another_run_folder_are_built_upon(finished, tmp_path):
@@ -1403,12 +1410,13 @@ def test_eval_scores_a_run_again_to_the_same_numbers_and_says_so_if_not(finished
     for path in (finished / "run").glob("step-*.pth"):
         (tmp_path / path.name).symlink_to(finished / "run/step-0.pth" if path.name == "step-0.pth" else path)
     results = json.loads((finished / "run/results.json").read_text())
-    results["steps"][1]["confusion"][0][0] += 1
+    results["steps"][1]["confusion"][0][0] -= 4
+    results["steps"][1]["confusion"][0][1] += 4
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "settings.json").write_text((finished / "run/settings.json").read_text())
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(tmp_path)])
-    assert stop.value.code == 1 and "step 1: differs" in capsys.readouterr().out
+    assert stop.value.code == 1 and "step 1: differs from results.json in 4 of" in capsys.readouterr().out
 
 
 def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished, tmp_path):

@@ -13,6 +13,7 @@ The same command again goes on where it stopped. A run folder holds
     predictions.png  results.json
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -156,15 +157,18 @@ def from_rank_0(value, world):
 def claim(run, args, data_set):
     """Make the run folder this command's, or refuse: mixing settings would go unnoticed in the results.
 
-    Settings may change until something was trained. `data_set` (its size) stands in for --data-root,
-    which may move.
+    Settings may change until something was trained. `data_set` (classes and the labels of all images)
+    stands in for --data-root, which may move.
     """
-    settings = {**{k: v for k, v in vars(args).items() if k not in ("out", "workers")}, "data-set": data_set}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+    settings["data"] = hashlib.sha256(json.dumps(data_set).encode()).hexdigest()[:16]
     path = run / "settings.json"
     if [*run.glob("step-*.pth"), *run.glob("last.pth")] and path.exists():
         there = data.read_json(path, {"dataset": str})
-        differing = [f"--{k.replace('_', '-')} is {there.get(k)} there and {settings.get(k)} here"
-                     for k in settings if k != "data_root" and there.get(k) != settings[k]]
+        differing = [f"--{k.replace('_', '-')} is {there.get(k)} there and {settings[k]} here"
+                     for k in settings if k not in ("data", "data_root") and there.get(k) != settings[k]]
+        if there.get("data") != settings["data"]:
+            differing.append("its classes, images or labels have changed")
         if differing:
             raise InputError(f"{run} holds a run with other settings: {'; '.join(differing)}. {ANOTHER_FOLDER}")
     run.mkdir(parents=True, exist_ok=True)
@@ -303,6 +307,8 @@ def train_step(student, teacher, method, importance, view, parts, step, args, ru
     if not all(bool(v.isfinite().all()) for v in student.state_dict().values()):
         raise FloatingPointError(f"step {step}: a weight is not finite after the last iteration. "
                                  f"Try a lower learning rate. {ANOTHER_FOLDER}")
+
+
 def main(argv=None):
     args = parse(argv)
     rank, world, device = setup()
@@ -316,10 +322,10 @@ def main(argv=None):
         steps = [sum(groups, [])]                           # trained in one step, scored in the task's groups
     for step in range(len(steps)):
         batch_parts(args, step)
-    if rank == 0:
-        claim(run, args, f"{len(train_set)} + {len(test_set)} images, {len(train_set.classes)} classes")
     train_labels, test_labels = from_rank_0(
         (train_set.labels(), test_set.labels()) if rank == 0 else None, world)
+    if rank == 0:
+        claim(run, args, [list(train_set.classes), train_labels, test_labels])
     indices = training_indices(args, steps, train_labels)
     log = Log(run / "log.jsonl", rank)
     log(command=" ".join(sys.argv), processes=world, device=str(device), torch=torch.__version__)
@@ -396,7 +402,10 @@ def main(argv=None):
 
 
 def write_results(run, args, steps, groups, classes, world, device):
-    """results.json, and the table on the screen."""
+    """results.json, and the table on the screen.
+
+    Its seconds are those of the whole training of a step, and of the last launch's part of a synthesis.
+    """
     channels = ["background" if c == 0 else classes[c] for c in [0] + [c for part in steps for c in part]]
     records = []
     for step in range(len(steps)):
