@@ -1193,6 +1193,25 @@ def test_resume_equals_uninterrupted_also_in_the_middle_of_an_epoch_and_of_a_syn
     assert old["final"] == new["final"]
 
 
+def test_the_seconds_of_a_step_are_those_of_all_its_launches(finished, tmp_path, monkeypatch):
+    command = f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run".split()
+    calls, real = [], baselines.METHODS["hrhf"]
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:                                 # in the second epoch of step 0
+            raise KeyboardInterrupt
+        return real.loss(*args, **kwargs)
+    monkeypatch.setitem(baselines.METHODS, "hrhf", real._replace(loss=stopping))
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command)
+    state = torch.load(tmp_path / "run/last.pth", weights_only=True)
+    state["seconds"]["training"] += 1000
+    torch.save(state, tmp_path / "run/last.pth")
+    train.main(command)
+    seconds = [s["seconds"]["training"] for s in json.loads((tmp_path / "run/results.json").read_text())["steps"]]
+    assert seconds[0] > 1000 > seconds[1]
+
+
 def test_settings_may_change_until_something_is_trained_and_the_data_may_move(finished, tmp_path):
     command = f"{COMMON} --data-root {finished}/data --epochs 1 --fake none --out {tmp_path}/run"
     with pytest.raises(InputError, match="no such file"):
