@@ -1604,15 +1604,15 @@ def min_max(v):
 
 
 @pytest.mark.parametrize("rule", ["EWC", "PI", "RW"])
-def test_the_importances_are_their_published_recursions_over_two_steps_value_and_gradient(rule):
+def test_the_importances_are_their_published_recursions_over_three_steps_value_and_gradient(rule):
     Rule = getattr(baselines, rule)
     model = nn.Linear(3, 2).double()
     names = [name for name, _ in model.named_parameters()]
     first = Rule(model)
     assert not first.omega
     starts, fishers, scores = [], [torch.ones_like(p) for p in model.parameters()], [0, 0]
-    state, objects = None, [first]
-    for step in range(2):
+    objects = [first]
+    for step in range(3):
         importance = objects[-1]
         starts = [p.detach().clone() for p in model.parameters()]
         history = walk(rule, model, importance, 23)
@@ -1635,6 +1635,7 @@ def test_the_importances_are_their_published_recursions_over_two_steps_value_and
                 scores[k] = scores[k] + (delta / ((end - starts[k]) ** 2 + 1e-20)).clamp(min=0)
                 omega = min_max(scores[k])
             else:
+                torch.testing.assert_close(state["raw"][name], raw)                # normalising hides its scale
                 new = raw.clamp(min=0)
                 scores[k] = new if step == 0 else 0.5 * (new + scores[k])
                 omega = min_max(F_) + min_max(scores[k])
