@@ -1673,6 +1673,35 @@ def test_an_importance_goes_on_from_its_state_and_lets_new_classifiers_free(rule
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
+def test_training_shows_importances_the_tasks_gradient_alone_and_adds_lam_times_their_penalty(tmp_path):
+    student, tasks, seen, penalties, logged = tiny((3,)), [], [], [], []
+    class Spy:
+        omega = {"something": 1}
+        def update(self, model):
+            seen.append([p.grad.clone() for p in model.parameters()])
+        def penalty(self, model):
+            penalties.append(sum(p.square().sum() for p in model.parameters()))
+            return penalties[-1]
+        def state_dict(self):
+            return {}
+    def method(student, teacher, batch):
+        loss = student(batch[0])[:, 0].square().mean()
+        tasks.append(torch.autograd.grad(loss, list(student.parameters()), retain_graph=True))
+        return {"ce": loss}
+    shapes = data.Shapes("val")
+    view = data.View(shapes, range(8), data.label_map([[1, 2]], 0, "train"), data.train_transform(32))
+    args = train.parse("--crop 32 --batch-size 4 --max-iters 3 --lr0 1e-4 --lam 7 --workers 0".split())
+    before = [p.detach().clone() for p in student.parameters()]
+    train.train_step(student, None, method, Spy(), view, (4, 0), 0, args, tmp_path, lambda **event: logged.append(event),
+                     {}, 0, 1, torch.device("cpu"))
+    torch.testing.assert_close(seen, [list(t) for t in tasks])
+    assert len(seen) == len(penalties) == 3
+    means = np.average([line["penalty"] for line in logged], weights=[2, 1])      # lines at iterations 2 and 3
+    assert means == pytest.approx(7 * np.mean([p.item() for p in penalties]), rel=1e-5)
+    assert logged[0]["loss"] == pytest.approx(logged[0]["ce"] + logged[0]["penalty"])
+    assert any(not torch.equal(a, b) for a, b in zip(before, student.parameters()))
+
+
 @pytest.mark.parametrize("method", list(baselines.METHODS))
 def test_every_method_runs_all_steps_and_resumes_to_the_same_network(finished, tmp_path, monkeypatch, method):
     command = f"{COMMON} --data-root {finished}/data --epochs 2 --method {method}"
