@@ -24,6 +24,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 
 import data
+from baselines import METHODS
 from data import InputError, write_atomically
 from distill import upsample
 from model import load_model
@@ -132,7 +133,7 @@ def summarize(confusion, steps):
 def table(summary, method, paper=None):
     """A Markdown table of one summary in percent, with the paper's row if there is one.
 
-    The paper's 15-5 and 15-1 overlapped rows have the background in old, its others have it excluded.
+    HRHF's own 15-5 and 15-1 overlapped rows have the background in old; the paper's others have it excluded.
     """
     percent = lambda v: "-" if v != v else f"{100 * v:.1f}"
     rows = ["| mIoU (%) | old | new | all |", "|---|---|---|---|"]
@@ -146,18 +147,26 @@ def table(summary, method, paper=None):
 def compare(runs, csv_path):
     """Print a Markdown table, a row per method and a column per setting, the paper's numbers in brackets.
 
-    old / new / all in percent, background excluded. The same goes to csv_path, a line per run and number.
+    old / new / all in percent, background excluded. A run off its method's defaults is named by its flags
+    and stands without the paper's numbers. The same goes to csv_path, a line per run and number.
     """
     cells, lines = {}, ["run,method,dataset,task,setting,seed,group,mIoU,paper"]
     for run in runs:
+        if not (Path(run) / "results.json").exists():
+            print(f"note: {run} has no results.json, it is left out", file=sys.stderr)
+            continue
         results = data.read_json(Path(run) / "results.json", {"final": dict, "settings": dict})
         s, score = results["settings"], results["final"]["background excluded"]
-        column = s["dataset"], s["task"], s["setting"]
-        paper = PAPER.get(column, {}).get(s["method"])
+        column, method = (s["dataset"], s["task"], s["setting"]), METHODS[s["method"]]
+        usual = {"lam": method.lam, "init": method.init, "fake": "seginversion" if method.fakes else "none",
+                 "r": "random", "real_fake": "1:1", "void": "background"}
+        flags = [f"--{k.replace('_', '-')} {s[k]}" for k in usual if s.get(k, usual[k]) != usual[k]]
+        label = " ".join([s["method"], *flags])
+        paper = None if flags else PAPER.get(column, {}).get(label)
         ours = [math.nan if score[k] is None else 100 * score[k] for k in ("old", "new", "all")]
         text = " / ".join(f"{v:.1f}" for v in ours) + (f" ({' / '.join(f'{v:.1f}' for v in paper)})" if paper else "")
-        cells.setdefault(s["method"], {}).setdefault(column, []).append(text)
-        lines += [f"{run},{s['method']},{','.join(column)},{s['seed']},{group},{v:.2f},{f'{p:.1f}' if paper else ''}"
+        cells.setdefault(label, {}).setdefault(column, []).append(text)
+        lines += [f"{run},{label},{','.join(column)},{s['seed']},{group},{v:.2f},{f'{p:.1f}' if paper else ''}"
                   for group, v, p in zip(("old", "new", "all"), ours, paper or ours)]
     columns = list(dict.fromkeys(c for row in cells.values() for c in row))
     print("| mIoU (%), old / new / all (paper) | " + " | ".join(" ".join(c) for c in columns) + " |")

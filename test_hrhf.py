@@ -1729,21 +1729,38 @@ def test_every_method_runs_all_steps_and_resumes_to_the_same_network(finished, t
     evaluation.main([f"{tmp_path}/a"])
 
 
+def test_an_importance_method_refuses_another_methods_step_and_joint_takes_all_split_lists(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("step-0.pth", "step-0.json"):
+        (tmp_path / "run" / name).write_bytes((finished / "run" / name).read_bytes())
+    command = f"{COMMON} --data-root {finished}/data --max-iters 1"
+    with pytest.raises(InputError, match="step-0.pth was trained with --method hrhf, .* what pi needs"):
+        train.main(f"{command} --method pi --out {tmp_path}/run".split())
+    for k, indices in enumerate(([0, 3], [1], [2, 5])):
+        np.save(tmp_path / f"train-{k}.npy", np.array(indices))
+    args = train.parse(f"{command} --method joint --split-dir {tmp_path}".split())
+    assert train.training_indices(args, [[1, 2, 3]], [[1], [2], [3]], [[1]] * 6) == [[0, 1, 2, 3, 5]]
+
+
 def test_compare_prints_one_table_with_the_papers_numbers_and_writes_csv(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, method, task, score in (("a", "ft", "15-1", (0.1, 0.2, 0.125)), ("b", "mib", "15-1", (0.5, 0.25, 0.45)),
-                                      ("c", "mib", "15-5", (0.6, None, 0.6))):
+                                      ("c", "mib", "15-5", (0.6, None, 0.6)), ("d", "ewc", "15-1", (0.3, 0.1, 0.25))):
         Path(name).mkdir()
         Path(name, "results.json").write_text(json.dumps({
-            "settings": {"dataset": "voc", "task": task, "setting": "disjoint", "method": method, "seed": 1},
+            "settings": {"dataset": "voc", "task": task, "setting": "disjoint", "method": method, "seed": 1,
+                         "lam": 50.0 if name == "d" else baselines.METHODS[method].lam},
             "final": {"background excluded": dict(zip(("old", "new", "all"), score))}}))
-    evaluation.main(["--compare", "a", "b", "c"])
-    assert capsys.readouterr().out.splitlines() == [
+    evaluation.main(["--compare", "a", "b", "c", "d", "unfinished"])
+    printed = capsys.readouterr()
+    assert "unfinished has no results.json" in printed.err
+    assert printed.out.splitlines() == [
         "| mIoU (%), old / new / all (paper) | voc 15-1 disjoint | voc 15-5 disjoint |", "|---|---|---|",
         "| ft | 10.0 / 20.0 / 12.5 (0.2 / 1.8 / 0.6) | - |",
-        "| mib | 50.0 / 25.0 / 45.0 (46.2 / 12.9 / 37.9) | 60.0 / nan / 60.0 (71.8 / 43.3 / 64.7) |"]
+        "| mib | 50.0 / 25.0 / 45.0 (46.2 / 12.9 / 37.9) | 60.0 / nan / 60.0 (71.8 / 43.3 / 64.7) |",
+        "| ewc --lam 50.0 | 30.0 / 10.0 / 25.0 | - |"]
     lines = Path("compare.csv").read_text().splitlines()
-    assert lines[0] == "run,method,dataset,task,setting,seed,group,mIoU,paper" and len(lines) == 10
+    assert lines[0] == "run,method,dataset,task,setting,seed,group,mIoU,paper" and len(lines) == 13
     assert lines[4] == "b,mib,voc,15-1,disjoint,1,old,50.00,46.2"
 
 

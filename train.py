@@ -177,10 +177,12 @@ def claim(run, args, data_set):
     write_atomically(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
 
 
-def training_indices(args, steps, labels):
+def training_indices(args, steps, groups, labels):
     """The training images of every step; what is wrong with them is said before anything is trained."""
     if args.split_dir:
-        indices = [data.read_split(args.split_dir, step, len(labels)) for step in range(len(steps))]
+        indices = [data.read_split(args.split_dir, step, len(labels)) for step in range(len(groups))]
+        if len(steps) == 1:                                 # joint: all lists together
+            indices = [sorted(set().union(*indices))]
     elif args.dataset == "ade" and args.setting == "disjoint":
         indices = [data.partition_indices(labels, steps, step) for step in range(len(steps))]
     else:
@@ -326,7 +328,7 @@ def main(argv=None):
         (train_set.labels(), test_set.labels()) if rank == 0 else None, world)
     if rank == 0:
         claim(run, args, [list(train_set.classes), train_labels, test_labels])
-    indices = training_indices(args, steps, train_labels)
+    indices = training_indices(args, steps, groups, train_labels)
     log = Log(run / "log.jsonl", rank)
     log(command=" ".join(sys.argv), processes=world, device=str(device), torch=torch.__version__)
     inversion = {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
@@ -372,6 +374,9 @@ def main(argv=None):
             student.to(device)
             importance = METHODS[args.method].importance
             if importance:
+                if teacher and about["method"] != args.method:
+                    raise InputError(f"{run}/step-{step - 1}.pth was trained with --method {about['method']}, which did "
+                                     f"not gather what {args.method} needs; train that step with --method {args.method}")
                 importance = importance(student, teacher, teacher and about["importance"])
             view = data.View(train_set, images, data.label_map(steps, step, "train", args.void),
                              data.train_transform(args.crop), fakes)
@@ -379,7 +384,7 @@ def main(argv=None):
                 train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds, rank, world, device)
             if rank == 0:
                 channels = [0] + [c for classes in steps[:step + 1] for c in classes]
-                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion, seconds=seconds,
+                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion, seconds=seconds, method=args.method,
                            importance=importance and importance.state_dict(),
                            classes=[train_set.classes[c] for c in channels])
                 (run / "last.pth").unlink(missing_ok=True)
