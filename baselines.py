@@ -14,12 +14,14 @@ images and pixels; a pixel labelled 255 counts with loss 0 (Eq. 4 in distill.py 
     EWC, PI, RW   CE + lam * sum_i omega_i * (theta_i - theta_old_i)^2
     Joint         CE on all classes at once
 """
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from distill import hrhf, probability_rearrange, upsample
+from chunked import chunked
+from distill import hrhf, probability_rearrange
 
 
 # ------------------------------------------------------------------------------- the distillation family
@@ -61,12 +63,27 @@ def unbiased_distillation(logits, teacher_logits):
     return -(p * probability_rearrange(logits, p.shape[1])).mean()
 
 
-def lwf_mc_loss(logits, labels, teacher_logits=None):
-    """LwF-MC (iCaRL without exemplars), two unweighted terms:
+# --------------------------- the terms of each row: (logits, teacher_logits, labels, lam) -> named terms
+# At step 0 teacher_logits is None and the label's term stands alone.
+
+def ft_loss(logits, teacher_logits, labels, lam):
+    """Fine-tuning; also Joint, and the task's loss of EWC, PI and RW."""
+    return {"ce": cross_entropy(logits, labels)}
+
+
+def lwf_loss(logits, teacher_logits, labels, lam):
+    terms = {"ce": cross_entropy(logits, labels)}
+    if teacher_logits is not None:
+        terms["kd"] = lam * knowledge_distillation(logits, teacher_logits)
+    return terms
+
+
+def lwf_mc_loss(logits, teacher_logits, labels, lam):
+    """LwF-MC (iCaRL without exemplars):
 
     "bce": binary cross-entropy to the one-hot labels, sum over the C_t classes, mean over all pixels,
            255 counting as 0
-    "kd":  binary cross-entropy of the old outputs to the teacher's sigmoids, mean over pixels and
+    "kd":  lam * binary cross-entropy of the old outputs to the teacher's sigmoids, mean over pixels and
            classes, times C_old: a sum over classes as well
     """
     C_t = logits.shape[1]
@@ -77,60 +94,40 @@ def lwf_mc_loss(logits, labels, teacher_logits=None):
     if teacher_logits is not None:
         C_old = teacher_logits.shape[1]
         target = teacher_logits.detach().sigmoid()
-        terms["kd"] = C_old * F.binary_cross_entropy_with_logits(logits[:, :C_old], target)
+        terms["kd"] = lam * C_old * F.binary_cross_entropy_with_logits(logits[:, :C_old], target)
     return terms
 
 
-# ----------------------------------------- the methods: (student, teacher, batch, lam) -> named loss terms
+def mib_loss(logits, teacher_logits, labels, lam):
+    if teacher_logits is None:
+        return {"ce": cross_entropy(logits, labels)}
+    return {"ce": unbiased_cross_entropy(logits, labels, teacher_logits.shape[1]),
+            "kd": lam * unbiased_distillation(logits, teacher_logits)}
 
-def predict(student, teacher, batch):
-    """Logits of both at the labels' size, and the labels; the teacher's are None at step 0."""
+
+# ------------------------ the methods: (student, teacher, batch, lam) -> loss, its named terms (detached)
+
+def method(loss, student, teacher, batch, lam):
+    """Any row whose terms are made of the two networks' logits; ILT is not."""
     images, labels = batch
-    logits = upsample(student(images), labels)
-    with torch.no_grad():
-        teacher_logits = None if teacher is None else upsample(teacher(images), labels)
-    return logits, teacher_logits, labels
-
-
-def ft(student, teacher, batch, lam=0.0):
-    """Fine-tuning; also Joint, and the task's loss of EWC, PI and RW."""
-    images, labels = batch
-    return {"ce": cross_entropy(upsample(student(images), labels), labels)}
-
-
-def lwf(student, teacher, batch, lam=100.0):
-    logits, teacher_logits, labels = predict(student, teacher, batch)
-    terms = {"ce": cross_entropy(logits, labels)}
-    if teacher is not None:
-        terms["kd"] = lam * knowledge_distillation(logits, teacher_logits)
-    return terms
-
-
-def lwf_mc(student, teacher, batch, lam=10.0):
-    logits, teacher_logits, labels = predict(student, teacher, batch)
-    terms = lwf_mc_loss(logits, labels, teacher_logits)
-    return {name: lam * term if name == "kd" else term for name, term in terms.items()}
+    with torch.inference_mode():
+        teacher_logits = teacher(images) if teacher else None
+    return chunked(partial(loss, lam=lam), student(images), teacher_logits, labels)
 
 
 def ilt(student, teacher, batch, lam=100.0):
     images, labels = batch
     logits, features = student(images, features=True)
-    logits = upsample(logits, labels)
-    terms = {"ce": cross_entropy(logits, labels)}
-    if teacher is not None:
-        with torch.no_grad():
-            teacher_logits, teacher_features = teacher(images, features=True)
-        terms["kd"] = 100 * knowledge_distillation(logits, upsample(teacher_logits, labels))
-        terms["features"] = lam * F.mse_loss(features.float(), teacher_features.float())
-    return terms
-
-
-def mib(student, teacher, batch, lam=10.0):
-    logits, teacher_logits, labels = predict(student, teacher, batch)
     if teacher is None:
-        return {"ce": cross_entropy(logits, labels)}
-    return {"ce": unbiased_cross_entropy(logits, labels, teacher_logits.shape[1]),
-            "kd": lam * unbiased_distillation(logits, teacher_logits)}
+        return chunked(partial(ft_loss, lam=0), logits, None, labels)
+    with torch.no_grad():                                   # not inference_mode: the distance keeps them for its gradient
+        teacher_logits, teacher_features = teacher(images, features=True)
+    l, terms = chunked(partial(lwf_loss, lam=100), logits, teacher_logits, labels)
+    distance = lam * F.mse_loss(features.float(), teacher_features.float())
+    return l + distance, {**terms, "features": distance.detach()}
+
+
+ft, lwf, lwf_mc, mib = (partial(method, loss) for loss in (ft_loss, lwf_loss, lwf_mc_loss, mib_loss))
 
 
 # ----------------------------------------------------------------------------------- the penalty family
@@ -261,7 +258,7 @@ class RW(Importance):
 
 class Method(NamedTuple):
     """A row of the paper's tables: what train.py needs to run it."""
-    loss: Callable                  # (student, teacher, batch, lam) -> named terms
+    loss: Callable                  # (student, teacher, batch, lam) -> loss, its named terms
     lam: float                      # weight of its term against forgetting, as in MiB's code or the paper
     init: str = "random"            # of new classifiers
     importance: type = None         # EWC, PI, RW: adds lam * penalty

@@ -13,14 +13,12 @@ Half-Real Half-Fake Distillation (paper, Sec. 3.3): the losses that train the ne
 Both losses run over every pixel of the whole mini-batch, the real half and the fake half alike.
 Fake images carry no labels (0 everywhere), so their y_merge is the teacher's prediction.
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-
-def upsample(logits, labels):
-    """Bring logits (B, C, h, w) to the labels' size (B, H, W), bilinearly, in float32 or better."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+from chunked import chunked
 
 
 def probability_rearrange(logits, num_old):
@@ -74,22 +72,22 @@ def segmentation_loss(logits, merged):
 def hrhf_loss(logits, teacher_logits, labels, lam=1.0):
     """Eq. 5 as named terms, weights applied: {"kd": lam * l_kd, "seg": l_seg}. Their sum is the loss.
 
-    logits: (B, C_t, H, W); teacher_logits: (B, C_old, H, W); labels: (B, H, W).
+    logits: (B, C_t, H, W); labels: (B, H, W); teacher_logits: (B, C_old, H, W), or None at step 0, which
+    has l_seg alone.
     """
+    if teacher_logits is None:
+        return {"seg": segmentation_loss(logits, labels)}
     merged = label_merge(teacher_logits, labels, teacher_logits.shape[1])
     return {"kd": lam * distillation_loss(logits, teacher_logits),
             "seg": segmentation_loss(logits, merged)}
 
 
 def hrhf(student, teacher, batch, lam=1.0):
-    """The method as the training loop sees it: (student, teacher, batch) -> named loss terms.
+    """The method as the training loop sees it: (student, teacher, batch) -> loss, its named terms (detached).
 
-    batch: images (B, 3, H, W) and labels (B, H, W). teacher is None at step 0: plain cross-entropy.
+    batch: images (B, 3, H, W) and labels (B, H, W). teacher is None at step 0.
     """
     images, labels = batch
-    logits = upsample(student(images), labels)
-    if teacher is None:
-        return {"seg": segmentation_loss(logits, labels)}
     with torch.inference_mode():
-        teacher_logits = teacher(images)
-    return hrhf_loss(logits, upsample(teacher_logits, labels), labels, lam)
+        teacher_logits = teacher(images) if teacher else None
+    return chunked(partial(hrhf_loss, lam=lam), student(images), teacher_logits, labels, of_labelled=["seg"])

@@ -26,7 +26,7 @@ from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 import data
 from baselines import METHODS
 from data import InputError, write_atomically
-from distill import upsample
+from chunked import upsample
 from model import load_model
 
 # mIoU (old, new, all) of the paper's Tables 1 and 7, as printed there. In 19-1 disjoint its Joint row

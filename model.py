@@ -191,6 +191,7 @@ class DeepLabV3(nn.Module):
         self.body, channels = body(net)
         self.head = ASPP(channels, width, rates)
         self.classifiers = nn.ModuleList(nn.Conv2d(width, n, 1) for n in classes_per_step)
+        self.to(memory_format=torch.channels_last)          # of the weights, which decides: 1.3 to 1.5 times faster
 
     @property
     def classes_per_step(self):

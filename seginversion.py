@@ -29,7 +29,7 @@ from torch import nn
 
 import data
 from data import InputError, derive_seed, write_atomically
-from distill import upsample
+from chunked import upsample
 from eval import colour, save_grid
 from model import load_model
 from saa import scale_aware_aggregation
@@ -52,13 +52,62 @@ def rms(x):
     return (torch.linalg.vector_norm(x, dim=(1, 2, 3)) / math.sqrt(x[0].numel())).mean()
 
 
+class MeasureAndNormalise(torch.autograd.Function):
+    """BatchNorm2d in evaluation mode, and how far the batch is from what the layer remembers.
+
+        y = s * (x - running_mean) + bias,      s = weight / sqrt(running_var + eps)
+        d = || m - running_mean ||_2 + || v - running_var ||_2
+
+    m, v: mean and biased variance of x (B, C, H, W) over its n = B H W values a channel. One pass over x gives
+    both, and one over x and dy the gradient of y and d together, which is affine in x. Only x gets one; 0 for a
+    norm that is 0.
+
+        dx = s * dy + a * x + b     a = dd * 2/n * (v - running_var) / || v - running_var ||
+                                    b = dd * 1/n * (m - running_mean) / || m - running_mean || - a * m
+
+    Returns y (B, C, H, W) and d, a scalar.
+    """
+
+    @staticmethod
+    def forward(ctx, x, running_mean, running_var, weight, bias, eps):
+        if torch.compiler.is_compiling():                               # which can fuse this one
+            v, m = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+        else:                                                           # BatchNorm's own kernel, far faster on a CPU
+            m, v = torch.batch_norm_update_stats(x, None, None, 0.0)
+        far_m, far_v = m - running_mean, v - running_var
+        norm_m, norm_v = far_m.norm(), far_v.norm()
+        s = (running_var + eps).rsqrt() * weight
+        ctx.save_for_backward(x, m, far_m, far_v, norm_m, norm_v, s)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps), norm_m + norm_v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dd):
+        x, m, far_m, far_v, norm_m, norm_v, s = ctx.saved_tensors
+        dd = dd * (x.shape[1] / x.numel())                              # dd / n
+        a = 2 * dd / norm_v.clamp(min=1e-30) * far_v
+        b = dd / norm_m.clamp(min=1e-30) * far_m - a * m
+        a, b, s = (c.view(1, -1, 1, 1) for c in (a, b, s))
+        return torch.addcmul(b, x, a).addcmul_(dy, s), None, None, None, None, None
+
+
+class MeasuredBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d in evaluation mode that keeps the distance of its latest input's statistics."""
+
+    def forward(self, x):
+        y, self.distance = MeasureAndNormalise.apply(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return y
+
+
 class BatchNormMatching:
     """How far the statistics of a batch are from those that every BatchNorm layer remembers.
 
         sum_l  || mean_l(x) - running_mean_l ||_2  +  || var_l(x) - running_var_l ||_2
 
     over the layers' inputs, mean and biased variance over (B, H, W), weight `first` on the first layer
-    and 1 on the others, divided by the sum of the weights. Context manager: its hooks are gone at exit.
+    and 1 on the others, divided by the sum of the weights. Context manager: inside, the layers are
+    MeasuredBatchNorm2d, in evaluation mode; at exit they are what they were.
 
         with BatchNormMatching(model) as matching:
             model(x)
@@ -70,23 +119,19 @@ class BatchNormMatching:
         self.weights = [first] + [1.0] * (len(self.layers) - 1)
 
     def __enter__(self):
-        self.terms = {}
-        self.hooks = [layer.register_forward_pre_hook(self.compare) for layer in self.layers]
+        self.classes = [type(layer) for layer in self.layers]
+        for layer in self.layers:                           # the class, not `forward`: torch.compile knows it again
+            layer.__class__ = MeasuredBatchNorm2d
         return self
 
     def __exit__(self, *_):
-        for hook in self.hooks:
-            hook.remove()
-
-    def compare(self, layer, inputs):
-        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        self.terms[layer] = ((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
+        for layer, kind in zip(self.layers, self.classes):
+            layer.__class__ = kind
+            vars(layer).pop("distance", None)
 
     def loss(self):
         """The distance for the latest forward pass; a scalar that carries gradient to the input."""
-        total = sum((w * self.terms[layer] for w, layer in zip(self.weights, self.layers)), torch.zeros(()))
-        self.terms = {}
+        total = sum((w * layer.distance for w, layer in zip(self.weights, self.layers)), torch.zeros(()))
         return total / sum(self.weights)
 
 
@@ -110,7 +155,7 @@ def classification_loss(scores, targets):
 
 
 def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2=0.0089, bn=1.16,
-           jitter=30 / 512, on_step=None):
+           jitter=30 / 512, compile=False, on_step=None):
     """Optimise noise into images that the network takes for the asked classes (Eq. 2).
 
     model:   a segmentation network, images (B, 3, H, W) -> logits (B, C, h, w). It is left as it was
@@ -122,6 +167,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
              cosine to 0; the noise, shifts and flips come from `seed` alone (the global random state
              is not touched)
     tv, l2, bn: weights of the terms of R(x). jitter: largest random shift, as a share of the size.
+    compile: torch.compile the network; a minute of compiling, then shorter steps. Same images but for rounding.
     on_step: called as on_step(i, terms) after step i with the named, detached loss terms
     Returns (B, 3, H, W) in the network's normalised space, clamped to the range of real images (for
     steps=0 the noise as it is drawn).
@@ -142,6 +188,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup))))
     reach = [int(jitter * side) for side in (H, W)]
+    network = torch.compile(model) if compile else model
     with frozen(model), BatchNormMatching(model) as matching, \
             torch.backends.cudnn.flags(enabled=True, deterministic=True):       # the same image every time
         for i in range(steps):
@@ -149,7 +196,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
             view = torch.roll(x, shift, dims=(2, 3))
             if torch.rand((), generator=generator) < 0.5:
                 view = view.flip(3)
-            scores = scale_aware_aggregation(model(view), r)                    # (B, C)
+            scores = scale_aware_aggregation(network(view), r)                  # (B, C)
             if scores.shape != targets.shape:
                 raise ValueError(f"targets are {tuple(targets.shape)}, but the network scores {tuple(scores.shape)}")
             terms = {"cls": classification_loss(scores, targets).mean(), "tv": tv * total_variation(view),
@@ -197,7 +244,7 @@ def parse_r(text):
 
 
 def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", seed=0, most=3,
-               rank=0, world=1, report=None, **options):
+               rank=0, world=1, compile=False, report=None, **options):
     """Fill a folder with num_images fakes of all the classes a model knows.
 
     Writes 00000.png, ... and manifest.jsonl, a line per image: file, classes (background first), r of
@@ -208,6 +255,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     with InputError. A loss that is not finite is a FloatingPointError.
 
     most:    most foreground classes in one image
+    compile: as for invert(); a folder begun without may go on with it
     report:  called as report(dict) with the progress of this rank
     options: steps, lr, tv, l2, bn of invert()
     Returns the paths of the images, in order, on every rank.
@@ -254,7 +302,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
         for row, i in enumerate(images):
             targets[row, [0, *asked[i]]] = 1
         last = {}
-        x = invert(model, targets, scales, size=size, seed=batch_seed,
+        x = invert(model, targets, scales, size=size, seed=batch_seed, compile=compile,
                    on_step=lambda _, terms: last.update(terms), **options)
         last = {name: float(term) for name, term in last.items()}
         if not all(map(math.isfinite, last.values())) or not bool(x.isfinite().all()):

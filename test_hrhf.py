@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 import baselines
+import chunked
 import data
 import distill
 import eval as evaluation
@@ -222,12 +224,65 @@ def test_the_method_upsamples_to_the_labels_and_is_plain_cross_entropy_at_step_0
     student, teacher = nn.Conv2d(3, 4, 1, stride=4), nn.Conv2d(3, 3, 1, stride=4)
     images, labels = torch.randn(2, 3, 16, 16), torch.randint(4, (2, 16, 16), dtype=torch.uint8)
     up = lambda s: F.interpolate(s, (16, 16), mode="bilinear", align_corners=False)
-    first = distill.hrhf(student, None, (images, labels))
-    torch.testing.assert_close(first, {"seg": F.cross_entropy(up(student(images)), labels.long())})
-    later = distill.hrhf(student, teacher, (images, labels), lam=3.0)
-    torch.testing.assert_close(later, distill.hrhf_loss(up(student(images)), up(teacher(images)), labels, 3.0))
-    sum(later.values()).backward()                          # the teacher's inference mode does not get in the way
-    assert student.weight.grad is not None and teacher.weight.grad is None
+    loss, terms = distill.hrhf(student, None, (images, labels))
+    torch.testing.assert_close(terms, {"seg": F.cross_entropy(up(student(images)), labels.long())})
+    assert loss == terms["seg"]
+    plain = distill.hrhf_loss(up(student(images)), up(teacher(images)), labels, 3.0)
+    expected = torch.autograd.grad(sum(plain.values()), student.parameters())
+    loss, terms = distill.hrhf(student, teacher, (images, labels), lam=3.0)
+    torch.testing.assert_close(terms, plain)
+    torch.testing.assert_close(loss, sum(plain.values()))
+    loss.backward()                                         # the teacher's inference mode does not get in the way
+    torch.testing.assert_close([p.grad for p in student.parameters()], list(expected))
+    assert teacher.weight.grad is None
+
+
+# ----------------------------------------------------------------------------------------- chunked.py
+
+ROWS = {"hrhf": (distill.hrhf_loss, ["seg"]), "ft": (baselines.ft_loss, []), "lwf": (baselines.lwf_loss, []),
+        "lwf-mc": (baselines.lwf_mc_loss, []), "mib": (baselines.mib_loss, [])}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("images", [1, 2, 5, 8])
+@pytest.mark.parametrize("first_step", [False, True])
+def test_a_loss_in_parts_is_the_plain_loss_of_the_whole_batch_value_terms_and_gradient(row, images, first_step, monkeypatch):
+    loss, of_labelled = ROWS[row]
+    s, t = logits(5, 6, 4, 3), None if first_step else logits(5, 4, 4, 3)
+    labels = torch.randint(4, 6, (5, 16, 11), dtype=torch.uint8)
+    labels[0, :9] = labels[3] = 255                         # parts with unequal shares of labelled pixels, one with none
+    labels[1, 4:] = 0
+    monkeypatch.setattr(chunked, "ELEMENTS", images * 6 * 16 * 11 + 5)
+    sizes = []
+    def watched(*args, lam=3.0):
+        sizes.append(len(args[0]))
+        return loss(*args, lam)
+    total, terms = chunked.chunked(watched, s, t, labels, of_labelled)
+    assert sizes == {1: [1] * 5, 2: [2, 2, 1]}.get(images, [5])
+    up = lambda x: x if x is None else F.interpolate(x, (16, 11), mode="bilinear")
+    plain = loss(up(s), up(t), labels, 3.0)
+    torch.testing.assert_close(terms, {name: term.detach() for name, term in plain.items()})
+    torch.testing.assert_close(total, sum(plain.values()))
+    mine, = torch.autograd.grad(7 * total, s)
+    theirs, = torch.autograd.grad(7 * sum(plain.values()), s)
+    torch.testing.assert_close(mine, theirs)
+    assert t is None or t.grad is None
+    assert not any(term.requires_grad for term in terms.values())
+    with torch.no_grad():
+        total, terms = chunked.chunked(watched, s, t, labels, of_labelled)
+        assert not total.requires_grad and total == sum(terms.values())
+
+
+def test_a_float16_gradient_meets_the_scaler_before_it_can_underflow():
+    s, t = logits(3, 5, 2, 2).detach().half().requires_grad_(), logits(3, 4, 2, 2).detach().half()
+    labels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    tiny_loss = lambda s, t, labels: {"kd": 1e-7 * distill.distillation_loss(s, t)}
+    total, _ = chunked.chunked(tiny_loss, s, t, labels)
+    (2.0 ** 16 * total).backward()
+    exact = s.detach().float().requires_grad_()
+    (2.0 ** 16 * tiny_loss(chunked.upsample(exact, labels), chunked.upsample(t, labels), labels)["kd"]).backward()
+    assert s.grad.dtype == torch.float16
+    torch.testing.assert_close(s.grad.float(), exact.grad, rtol=0.01, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------------------- model.py
@@ -885,15 +940,21 @@ def test_the_image_priors_of_flat_and_black_images_are_zero_with_a_zero_gradient
     assert seginversion.rms(torch.full((2, 3, 4, 4), -2.0)).item() == pytest.approx(2)
 
 
-def test_batch_norm_matching_is_the_weighted_mean_of_the_distances_of_all_layers():
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_batch_norm_matching_is_the_weighted_mean_of_the_distances_of_all_layers(memory_format):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5)).eval().double()
     for norm in (net[1], net[4]):
         norm.running_mean.normal_()
         norm.running_var.uniform_(0.5, 2)
+        norm.weight.data.normal_()
+        norm.bias.data.normal_()
     x = logits(3, 3, 6, 7)
-    with seginversion.BatchNormMatching(net, first=10) as matching:
-        net(x)
+    direction = torch.randn(3, 5, 4, 5, dtype=torch.float64)
+    with seginversion.BatchNormMatching(net.to(memory_format=memory_format).requires_grad_(False), first=10) as matching:
+        output = net(x)
         loss = matching.loss()
+    mixed, = torch.autograd.grad(3 * loss + (direction * output).sum(), x, retain_graph=True)
+    torch.testing.assert_close(output, net(x))
     distances, h = [], x
     for layer in net:
         if isinstance(layer, nn.BatchNorm2d):
@@ -905,22 +966,27 @@ def test_batch_norm_matching_is_the_weighted_mean_of_the_distances_of_all_layers
     naive = (10 * distances[0] + distances[1]) / 11
     torch.testing.assert_close(loss, naive)
     mine, = torch.autograd.grad(loss, x, retain_graph=True)
-    theirs, = torch.autograd.grad(naive, x)
+    theirs, = torch.autograd.grad(naive, x, retain_graph=True)
     torch.testing.assert_close(mine, theirs)
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+    theirs, = torch.autograd.grad(3 * naive + (direction * net(x)).sum(), x)
+    torch.testing.assert_close(mixed, theirs)
+    assert type(net[1]) is type(net[4]) is nn.BatchNorm2d and not hasattr(net[1], "distance")
 
 
-def test_batch_norm_matching_is_zero_when_the_statistics_match_and_leaves_no_hook_after_an_error():
+def test_batch_norm_matching_is_zero_when_the_statistics_match_and_leaves_the_layers_as_they_were_after_an_error():
     net = nn.Sequential(nn.BatchNorm2d(3)).eval()
-    x = torch.randn(4, 3, 8, 8)
-    net[0].running_mean.copy_(x.mean((0, 2, 3)))
-    net[0].running_var.copy_(x.var((0, 2, 3), correction=0))
+    x = torch.randint(4, (4, 3, 8, 8)).float().requires_grad_()                    # sums without rounding
+    x.data[:2] = 3 - x.data[2:]                             # mean 1.5
+    net[0].running_mean.fill_(1.5)
+    net[0].running_var.copy_((x.detach() - 1.5).square().mean((0, 2, 3)))
     with seginversion.BatchNormMatching(net) as matching:
         net(x)
-        assert matching.loss().item() == pytest.approx(0, abs=1e-5)
+        loss = matching.loss()
+    loss.backward()
+    assert loss.item() == 0 and (x.grad == 0).all()
     with pytest.raises(RuntimeError), seginversion.BatchNormMatching(net):
         raise RuntimeError
-    assert not net[0]._forward_pre_hooks
+    assert type(net[0]) is nn.BatchNorm2d
 
 
 def one_hot(*classes, C=4):
@@ -940,8 +1006,23 @@ def test_invert_leaves_the_network_as_it_was():
         seginversion.invert(net, one_hot(1, 2, C=7), 5.0, size=32, steps=3)
     assert ([m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]) == flags
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
-    assert not any(m._forward_pre_hooks for m in net.modules()) and all(p.grad is None for p in net.parameters())
+    assert not any(isinstance(m, seginversion.MeasuredBatchNorm2d) for m in net.modules()) and all(p.grad is None for p in net.parameters())
     assert x.shape == (2, 3, 32, 32) and not x.requires_grad
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_inversion_takes_the_same_steps_and_compiles_once_for_all_batches():
+    net = tiny((4,))
+    def losses(compile, seed):
+        seen = []
+        seginversion.invert(net, one_hot(1, 2), 5.0, size=32, steps=3, seed=seed, compile=compile,
+                            on_step=lambda i, terms: seen.append(terms))
+        return seen
+    for step, eager in zip(losses(True, 0), losses(False, 0), strict=True):
+        torch.testing.assert_close(step, eager)
+    with torch.compiler.set_stance("fail_on_recompile"):    # another batch of a synthesis
+        compiled = losses(True, 1)
+    torch.testing.assert_close(compiled, losses(False, 1))
 
 
 def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images():
@@ -1276,11 +1357,25 @@ def test_a_step_without_images_is_refused_before_training_but_passed_over_in_a_s
 
 def test_a_weight_that_is_not_finite_after_the_last_iteration_is_not_saved(finished, tmp_path, monkeypatch):
     # a finite loss, 0, with a gradient that is none: the root's is infinite there
-    monkeypatch.setitem(baselines.METHODS, "hrhf", baselines.METHODS["hrhf"]._replace(
-        loss=lambda student, teacher, batch, lam: {"seg": student(batch[0]).mul(0).sum().sqrt()}))
+    def broken(student, teacher, batch, lam):
+        loss = student(batch[0]).mul(0).sum().sqrt()
+        return loss, {"seg": loss.detach()}
+    monkeypatch.setitem(baselines.METHODS, "hrhf", baselines.METHODS["hrhf"]._replace(loss=broken))
     with pytest.raises(FloatingPointError, match="step 0: a weight is not finite"):
         train.main(f"{COMMON} --data-root {finished}/data --max-iters 1 --out {tmp_path}/run".split())
     assert not (tmp_path / "run/step-0.pth").exists()
+
+
+def test_a_network_that_does_not_compile_is_one_sentence(finished, tmp_path, monkeypatch, capsys):
+    def no_compiler(*args, **kwargs):
+        raise torch._dynamo.exc.BackendCompilerFailed(torch.compile, RuntimeError("no working C++ compiler\nlong story"), None)
+    monkeypatch.setattr(train, "synthesize", no_compiler)
+    for t in ("pth", "json"):
+        (tmp_path / f"step-0.{t}").write_bytes((finished / f"run/step-0.{t}").read_bytes())
+    with pytest.raises(SystemExit) as stop, data.plain_errors("train.py"):
+        train.main(f"{COMMON} --data-root {finished}/data --compile --out {tmp_path}".split())
+    sentence = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence.startswith("train.py: --compile") and "no working C++ compiler" in sentence
 
 
 def test_a_run_folder_with_other_settings_is_refused_with_their_names(finished, capsys):
@@ -1394,7 +1489,7 @@ def test_autocast_is_bfloat16_on_the_cpu_and_the_loss_terms_stay_float32():
     batch = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.uint8)
     with evaluation.autocast(cpu, True):
         assert net(batch[0]).dtype == torch.bfloat16
-        assert all(term.dtype == torch.float32 for term in distill.hrhf(net, teacher, batch).values())
+        assert all(term.dtype == torch.float32 for term in distill.hrhf(net, teacher, batch)[1].values())
     with evaluation.autocast(cpu, False):
         assert net(batch[0]).dtype == torch.float32
 
@@ -1517,7 +1612,7 @@ def test_the_baselines_losses_are_their_formulas_in_a_naive_loop_value_and_gradi
     elif labelling == "all void":
         labels[:] = 255
     naive = naive_losses(s, t.detach(), labels)
-    mc = baselines.lwf_mc_loss(s, labels, t)
+    mc = baselines.lwf_mc_loss(s, t, labels, 1.0)
     mine = {"ce": baselines.cross_entropy(s, labels), "kd": baselines.knowledge_distillation(s, t),
             "uce": baselines.unbiased_cross_entropy(s, labels, C_old), "ukd": baselines.unbiased_distillation(s, t),
             "bce": mc["bce"], "bkd": mc["kd"]}
@@ -1557,7 +1652,8 @@ class TwoHeads(nn.Module):
 def test_every_method_weighs_its_terms_as_published():
     student, teacher = TwoHeads(5), TwoHeads(3)
     x, labels = torch.randn(2, 3, 4, 4), torch.randint(3, 5, (2, 4, 4), dtype=torch.uint8)
-    (s, f), (t, g) = student(x, features=True), teacher(x, features=True)
+    s, f = student(x, features=True)
+    t, g = (v.detach() for v in teacher(x, features=True))
     ce = F.cross_entropy(s, labels.long())
     kd = -(t.softmax(1) * s[:, :3].log_softmax(1)).sum(1).mean() / 3
     bce = F.binary_cross_entropy_with_logits(s, F.one_hot(labels.long(), 5).movedim(-1, 1).float(), reduction="sum") / 32
@@ -1573,9 +1669,12 @@ def test_every_method_weighs_its_terms_as_published():
     assert expected.keys() == baselines.METHODS.keys()
     for name, terms in expected.items():
         method = baselines.METHODS[name]
-        torch.testing.assert_close(method.loss(student, teacher, (x, labels), method.lam), terms, msg=lambda m: f"{name}: {m}")
-        sum(method.loss(student, teacher, (x, labels), method.lam).values()).backward()
-        first = method.loss(student, None, (x, labels), method.lam)              # step 0: the task's loss alone
+        loss, seen = method.loss(student, teacher, (x, labels), method.lam)
+        torch.testing.assert_close(seen, {k: term.detach() for k, term in terms.items()}, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(torch.autograd.grad(loss, student.parameters(), allow_unused=True),
+                                   torch.autograd.grad(sum(terms.values()), student.parameters(), retain_graph=True))
+        loss, first = method.loss(student, None, (x, labels), method.lam)        # step 0: the task's loss alone
+        assert loss == sum(first.values())
         torch.testing.assert_close(first, {"hrhf": {"seg": ce}, "lwf-mc": {"bce": bce}}.get(name, {"ce": ce}))
     assert all(p.grad is None for p in teacher.parameters())
     weights = {name: (m.lam, m.init, m.importance, m.fakes, m.offline) for name, m in baselines.METHODS.items()}
@@ -1687,7 +1786,7 @@ def test_training_shows_importances_the_tasks_gradient_alone_and_adds_lam_times_
     def method(student, teacher, batch):
         loss = student(batch[0])[:, 0].square().mean()
         tasks.append(torch.autograd.grad(loss, list(student.parameters()), retain_graph=True))
-        return {"ce": loss}
+        return loss, {"ce": loss.detach()}
     shapes = data.Shapes("val")
     view = data.View(shapes, range(8), data.label_map([[1, 2]], 0, "train"), data.train_transform(32))
     args = train.parse("--crop 32 --batch-size 4 --max-iters 3 --lr0 1e-4 --lam 7 --workers 0".split())

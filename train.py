@@ -89,6 +89,7 @@ def parse(argv=None):
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes are noisy")
     a("--bn", type=float, default=1.16, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
     a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
+    a("--compile", action="store_true", help="torch.compile for SegInversion: a minute or two, then faster steps")
     a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
     a("--workers", type=int, help="loader processes per rank; raise it if data_wait in the log is not near 0")
     a("--seed", type=int, default=42, help="of everything random")
@@ -160,7 +161,7 @@ def claim(run, args, data_set):
     Settings may change until something was trained. `data_set` (classes and the labels of all images)
     stands in for --data-root, which may move.
     """
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "compile")}
     settings["data"] = hashlib.sha256(json.dumps(data_set).encode()).hexdigest()[:16]
     path = run / "settings.json"
     if [*run.glob("step-*.pth"), *run.glob("last.pth")] and path.exists():
@@ -220,8 +221,8 @@ class Log:
 def train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds, rank, world, device):
     """Train one step, from the last whole epoch on if there is one; `seconds` is kept up to date.
 
-    method:     (student, teacher, batch) -> named loss terms
-    importance: None, or what adds lam * importance.penalty(student) to them
+    method:     (student, teacher, batch) -> loss, its named terms
+    importance: None, or what adds lam * importance.penalty(student) to it
     """
     real, fake = parts
     per_epoch = max(1, len(view.indices) // real)
@@ -266,19 +267,20 @@ def train_step(student, teacher, method, importance, view, parts, step, args, ru
         waited += time.monotonic() - arrived
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with autocast(device, args.amp):
-            terms = method(wrapped, teacher, (images, labels))
+            loss, terms = method(wrapped, teacher, (images, labels))
         optimizer.zero_grad()
-        scaler.scale(sum(terms.values())).backward()
+        scaler.scale(loss).backward()
         if importance:                                      # its update looks at the task's gradients alone
             scaler.unscale_(optimizer)
             importance.update(student)
             if importance.omega:
-                terms["penalty"] = args.lam * importance.penalty(student)
-                terms["penalty"].backward()
+                penalty = args.lam * importance.penalty(student)
+                penalty.backward()
+                terms["penalty"] = penalty.detach()
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        window.append(torch.stack(list(terms.values())).detach())
+        window.append(torch.stack(list(terms.values())))
 
         epoch_ends = iteration % per_epoch == 0 or iteration == iterations
         if iteration % 20 == 0 or epoch_ends:               # here alone the loop waits for the device
@@ -361,11 +363,15 @@ def main(argv=None):
                     began = time.monotonic()
                     number = args.num_fakes or min(len(images), 1024)
                     number = math.ceil(number / args.fake_batch) * args.fake_batch
-                    fakes = synthesize(
-                        teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch,
-                        r=args.r, most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
-                        report=lambda event: log(step=step, phase="seginversion", **event),
-                        **{**inversion, **({"steps": 0} if args.fake == "noise" else {})})
+                    try:
+                        fakes = synthesize(
+                            teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch,
+                            r=args.r, most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
+                            compile=args.compile, report=lambda event: log(step=step, phase="seginversion", **event),
+                            **{**inversion, **({"steps": 0} if args.fake == "noise" else {})})
+                    except torch._dynamo.exc.TorchDynamoException as error:
+                        raise InputError(f"--compile: torch.compile failed ({' '.join(str(error).split())[:200]}); "
+                                         "go on without it") from None
                     if rank == 0:
                         save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
                     seconds["seginversion"] = time.monotonic() - began
