@@ -120,7 +120,7 @@ def ilt(student, teacher, batch, lam=100.0):
     logits, features = student(images, features=True)
     if teacher is None:
         return chunked(partial(ft_loss, lam=0), logits, None, labels)
-    with torch.no_grad():                                   # not inference_mode: the distance keeps them for its gradient
+    with torch.no_grad():                                   # the distance keeps them for its gradient
         teacher_logits, teacher_features = teacher(images, features=True)
     l, terms = chunked(partial(lwf_loss, lam=100), logits, teacher_logits, labels)
     distance = lam * F.mse_loss(features.float(), teacher_features.float())

@@ -1,25 +1,37 @@
 """
-Losses at the labels' resolution in the memory of one image: an engine around the plain loss functions.
+Losses at the labels' resolution in little memory: an engine around the plain loss functions.
 
 The losses of distill.py and baselines.py are means over the pixels of upsampled logits (B, C, H, W). At
 24 x 151 x 512 x 512 one such tensor takes 3.8 GB, and a loss needs several. But the mean over a
 mini-batch is a weighted sum of the means over its parts, and all that the network needs back is the
-gradient at its own stride. So `chunked` goes through the mini-batch a few images at a time and takes
-each part's gradient at once:
+gradient at its own stride. So `chunked` goes through the mini-batch in bands of rows and takes each
+band's gradient at once:
 
-    l = sum_k  w_k * l(part_k)                              w_k: the part's share of the pixels
-    dl/ds = [w_1 * dl(part_1)/ds_1, w_2 * dl(part_2)/ds_2, ...]      s: logits (B, C, h, w)
+    l = sum_k  w_k * l(band_k)              w_k: the band's share of the pixels
+    dl/ds = sum_k  w_k * dl(band_k)/ds      s: logits (B, C, h, w) at the network's stride
 """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
-ELEMENTS = 2 ** 22      # of one part's upsampled logits, 16 MB in float32; at least one image all the same
+ELEMENTS = 2 ** 22      # upsampled logits of a band, 16 MB in float32: several small images, some rows of a large one
 
 
 def upsample(logits, labels):
     """Bring logits (B, C, h, w) to the labels' size (B, H, W), bilinearly, in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def upsample_rows(logits, rows, H, W):
+    """Rows `rows` (a slice) of `upsample` to (H, W): the columns' weights as a matrix, then the rows' as always."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    one_hot = torch.eye(logits.shape[2], dtype=logits.dtype, device=logits.device)
+    weights = F.interpolate(one_hot[None], H, mode="linear", align_corners=False)[0].T[rows]       # (rows, h)
+    device = logits.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext():
+        return F.interpolate(weights @ logits, (len(weights), W), mode="bilinear", align_corners=False)
 
 
 class WithGradient(torch.autograd.Function):
@@ -49,21 +61,25 @@ def chunked(loss, logits, teacher_logits, labels, of_labelled=()):
     of_labelled:    names of the terms that are means over the pixels that are not 255, not over all
     Returns (l, terms): the scalar l, sum of the terms, to call backward() on, and the terms, detached.
     """
-    B, (H, W) = len(labels), labels.shape[-2:]
-    size = max(1, ELEMENTS // (logits.shape[1] * H * W))                        # images in a part
+    (B, C, h, w), (H, W) = logits.shape, labels.shape[-2:]
+    many, tall = max(1, ELEMENTS // (C * H * W)), max(1, min(H, ELEMENTS // (C * W)))      # images, rows of a band
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    labelled = (labels != 255).flatten(1).sum(1)                                # (B,) pixels
+    all_labelled = (labels != 255).sum().clamp(min=1)
     terms, gradients = {}, []
-    for start in range(0, B, size):
-        part = slice(start, start + size)
+    for first in range(0, B, many):
         # float32: a float16 gradient would underflow, as the scaler's factor comes only in backward()
-        s = logits[part].detach().to(torch.promote_types(logits.dtype, torch.float32)).requires_grad_(wanted)
-        old = None if teacher_logits is None else upsample(teacher_logits[part], labels[part])
-        values = loss(upsample(s, labels[part]), old, labels[part])
-        w = {True: labelled[part].sum() / labelled.sum().clamp(min=1), False: len(s) / B}
-        values = {name: w[name in of_labelled] * value for name, value in values.items()}
-        if wanted:
-            gradients += torch.autograd.grad(sum(values.values()), s)
-        terms = {name: terms.get(name, 0) + value.detach() for name, value in values.items()}
+        s = logits[first:first + many].detach()
+        s = s.to(torch.promote_types(s.dtype, torch.float32)).requires_grad_(wanted)
+        gradients.append(torch.zeros_like(s))
+        for top in range(0, H, tall):
+            rows = slice(top, top + tall)
+            y = labels[first:first + many, rows]
+            t = None if teacher_logits is None else upsample_rows(teacher_logits[first:first + many], rows, H, W)
+            band = loss(upsample_rows(s, rows, H, W), t, y)
+            share = {True: (y != 255).sum() / all_labelled, False: y.numel() / labels.numel()}
+            band = {name: share[name in of_labelled] * term for name, term in band.items()}
+            if wanted:
+                gradients[-1] += torch.autograd.grad(sum(band.values()), s)[0]
+            terms = {name: terms.get(name, 0) + term.detach() for name, term in band.items()}
     l = sum(terms.values())
     return (WithGradient.apply(logits, l, torch.cat(gradients)) if wanted else l), terms

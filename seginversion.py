@@ -70,10 +70,10 @@ class MeasureAndNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, eps):
-        if torch.compiler.is_compiling():                               # which can fuse this one
+        if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            m, v = torch.batch_norm_update_stats(x, None, None, 0.0)    # BatchNorm's own kernel, far faster on a CPU
+        else:                                                           # what a compiler can fuse
             v, m = torch.var_mean(x, dim=(0, 2, 3), correction=0)
-        else:                                                           # BatchNorm's own kernel, far faster on a CPU
-            m, v = torch.batch_norm_update_stats(x, None, None, 0.0)
         far_m, far_v = m - running_mean, v - running_var
         norm_m, norm_v = far_m.norm(), far_v.norm()
         s = (running_var + eps).rsqrt() * weight

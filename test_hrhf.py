@@ -24,6 +24,7 @@ from PIL import Image
 from torch import nn
 
 import baselines
+import bench
 import chunked
 import data
 import distill
@@ -244,21 +245,26 @@ ROWS = {"hrhf": (distill.hrhf_loss, ["seg"]), "ft": (baselines.ft_loss, []), "lw
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("images", [1, 2, 5, 8])
+@pytest.mark.parametrize("elements, bands", [
+    (6 * 11 * 5, [(1, 5), (1, 5), (1, 5), (1, 1)] * 5),     # rows of an image
+    (1, [(1, 1)] * 80),
+    (6 * 11 * 16 * 2 + 5, [(2, 16), (2, 16), (1, 16)]),     # whole images
+    (10 ** 6, [(5, 16)])])
 @pytest.mark.parametrize("first_step", [False, True])
-def test_a_loss_in_parts_is_the_plain_loss_of_the_whole_batch_value_terms_and_gradient(row, images, first_step, monkeypatch):
+def test_a_loss_in_bands_is_the_plain_loss_of_the_whole_batch_value_terms_and_gradient(
+        row, elements, bands, first_step, monkeypatch):
     loss, of_labelled = ROWS[row]
     s, t = logits(5, 6, 4, 3), None if first_step else logits(5, 4, 4, 3)
     labels = torch.randint(4, 6, (5, 16, 11), dtype=torch.uint8)
-    labels[0, :9] = labels[3] = 255                         # parts with unequal shares of labelled pixels, one with none
+    labels[0, :9] = labels[3] = 255                         # bands with unequal shares of labelled pixels, some with none
     labels[1, 4:] = 0
-    monkeypatch.setattr(chunked, "ELEMENTS", images * 6 * 16 * 11 + 5)
-    sizes = []
-    def watched(*args, lam=3.0):
-        sizes.append(len(args[0]))
-        return loss(*args, lam)
+    monkeypatch.setattr(chunked, "ELEMENTS", elements)
+    seen = []
+    def watched(logits, teacher_logits, labels, lam=3.0):
+        seen.append((len(logits), logits.shape[2]))
+        return loss(logits, teacher_logits, labels, lam)
     total, terms = chunked.chunked(watched, s, t, labels, of_labelled)
-    assert sizes == {1: [1] * 5, 2: [2, 2, 1]}.get(images, [5])
+    assert seen == bands
     up = lambda x: x if x is None else F.interpolate(x, (16, 11), mode="bilinear")
     plain = loss(up(s), up(t), labels, 3.0)
     torch.testing.assert_close(terms, {name: term.detach() for name, term in plain.items()})
@@ -266,11 +272,28 @@ def test_a_loss_in_parts_is_the_plain_loss_of_the_whole_batch_value_terms_and_gr
     mine, = torch.autograd.grad(7 * total, s)
     theirs, = torch.autograd.grad(7 * sum(plain.values()), s)
     torch.testing.assert_close(mine, theirs)
-    assert t is None or t.grad is None
     assert not any(term.requires_grad for term in terms.values())
     with torch.no_grad():
         total, terms = chunked.chunked(watched, s, t, labels, of_labelled)
         assert not total.requires_grad and total == sum(terms.values())
+
+
+def test_the_bands_of_a_batch_that_is_ignored_altogether_have_a_loss_of_0():
+    s = logits(2, 3, 2, 2)
+    total, _ = chunked.chunked(lambda s, t, y: {"seg": distill.segmentation_loss(s, y)}, s, None,
+                               torch.full((2, 8, 8), 255, dtype=torch.uint8), ["seg"])
+    total.backward()
+    assert total == 0 and (s.grad == 0).all()
+
+
+@pytest.mark.parametrize("H, W, h, w", [(16, 11, 4, 3), (512, 512, 32, 32), (7, 9, 7, 9), (5, 5, 8, 8)])
+def test_rows_of_the_upsampled_logits_are_interpolates_rows_even_under_autocast(H, W, h, w):
+    s = logits(2, 3, h, w).detach()
+    whole = F.interpolate(s, (H, W), mode="bilinear")
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows in (slice(0, 1), slice(H // 3, H // 3 + 2), slice(H - 2, H + 9)):
+            torch.testing.assert_close(chunked.upsample_rows(s, rows, H, W), whole[:, :, rows])
+            torch.testing.assert_close(chunked.upsample_rows(s.float(), rows, H, W), whole[:, :, rows].float(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_float16_gradient_meets_the_scaler_before_it_can_underflow():
@@ -1927,6 +1950,101 @@ def test_two_ranks_equal_one_in_score_fakes_losses_and_trained_weights(tmp_path)
         assert path.read_bytes() == (tmp_path / "fakes-2" / path.name).read_bytes(), path.name
 
 
+# ------------------------------------------------------------------------------------------- bench.py
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_peak_memory_counts_what_is_alive_at_once_and_not_what_was_there_before(device):
+    x = torch.zeros(100, device=device)                     # 400 bytes, not counted
+    with bench.PeakMemory() as memory:
+        y = x + 1
+        z = y * 2                                           # 800 alive
+        del y
+        z.view(10, 10).add_(1)                              # no new memory
+        w = z * 2                                           # 800
+        assert memory.now == memory.peak == 800
+        del z, w
+        assert memory.now == 0
+        x.view(-1).mul_(2)
+        assert (memory.now, memory.peak) == (0, 800)
+    weight = torch.zeros(100, device=device, requires_grad=True)
+    with bench.PeakMemory() as memory:
+        loss = weight.exp().exp().sum()                     # both exp keep their result for the gradient
+        assert memory.now == 804
+        loss.backward()
+    assert memory.peak >= 1200 and weight.grad is not None
+
+
+def test_the_cost_of_a_convolution_is_two_flops_a_product():
+    with torch.device("meta"):
+        conv, x = nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.empty(2, 3, 10, 12)
+    flops, peak = bench.cost(lambda: conv(x))
+    assert (flops, peak) == (2 * 2 * 8 * 10 * 12 * 3 * 9, 4 * 2 * 8 * 10 * 12)
+
+
+def plan(command, gpus, tflops):
+    """The plan's rows as [step, phase, images, iterations, PFLOP, GB, hours]."""
+    lines = "\n".join(bench.plan(train.parse(command.split()), gpus, tflops))
+    return [[c.strip() for c in line.split("|")[1:-1]] for line in lines.splitlines() if re.match(r"\| (\d|all)", line)]
+
+
+def test_the_plan_has_every_phase_of_the_real_run_with_its_iterations_memory_and_hours():
+    command = ("--dataset voc --task 15-1 --data-root nowhere --backbone tiny --crop 64 --batch-size 24 --epochs 3 "
+               "--fake-steps 7 --num-fakes 48 --fake-batch 16")
+    one, four = plan(command, 1, 1e-6), plan(command, 4, 1e-6)
+    assert [row[:2] for row in one[:5]] == [["0", "training"], ["0", "evaluation"], ["1", "SegInversion"], ["1", "training"],
+                                            ["1", "evaluation"]]
+    assert len(one) == 2 + 5 * 3 + 1
+    images = [row[2] for row in one if row[1] == "training"]
+    assert images == ["8437", "378", "299", "420", "500", "548"]
+    iterations = [row[3] for row in one[:5]]
+    assert iterations == [str(3 * (8437 // 24)), str(math.ceil(1449 / 8)), str(3 * 7), str(3 * (378 // 12)), "182"]
+    assert [row[3] for row in four[:5]] == [iterations[0], str(math.ceil(182 / 4)), "7", iterations[3], "46"]
+    for rows, gpus in ((one, 1), (four, 4)):
+        hours = [float(row[6]) for row in rows[:-1]]
+        assert sum(hours) == pytest.approx(float(rows[-1][6]), abs=0.2)
+        assert float(rows[0][6]) == pytest.approx(float(rows[0][4]) * 1e15 / gpus / 1e6 / 3600, rel=0.05) or rows[0][4] == "0.0"
+    assert float(one[0][6]) == pytest.approx(4 * float(four[0][6]), rel=0.01)
+    assert float(one[2][6]) == pytest.approx(3 * float(four[2][6]), rel=0.01)     # three batches on four GPUs
+
+
+def test_the_plan_counts_the_images_of_data_that_is_there(finished):
+    rows = plan(f"--dataset folder --data-root {finished}/data --task 2-1 --backbone tiny --crop 32 --batch-size 4", 1, 1.0)
+    train_set = data.load("folder", finished / "data", "train")
+    steps = data.task_steps("2-1", len(train_set.classes) - 1)
+    assert [int(row[2]) for row in rows if row[1] == "training"] == [
+        len(data.split_indices(train_set.labels(), steps, step, "disjoint")) for step in range(len(steps))]
+    rows = plan(f"--dataset folder --data-root {finished}/data --task 2-1 --backbone tiny --crop 32 --method joint", 1, 1.0)
+    assert [row[1] for row in rows] == ["training", "evaluation", ""]
+
+
+@pytest.mark.parametrize("flags", ["--plan --dataset voc --task 10-1 --data-root nowhere", "--plan --dataset voc --gpus 0",
+                                   "--plan --tflops nan", "loses"])
+def test_bad_flags_of_the_benchmark_are_one_sentence(flags, capsys):
+    with pytest.raises(SystemExit) as stop, data.plain_errors("bench.py"):
+        bench.main(flags.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("bench.py: ")
+
+
+def test_a_ratio_is_taken_pair_by_pair():
+    assert bench.row("what", [2.0, 6.0, 9.0], [1.0, 2.0, 1.0], "<= 4") == "| what | 3.00 | 2.00 to 9.00 | <= 4 |"
+    order = []
+    seconds = bench.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2)
+    assert order == list("ababab") and [len(v) for v in seconds.values()] == [2, 2]
+
+
+@real_data
+def test_the_recorded_image_counts_are_those_of_the_real_label_sets():
+    recorded = json.loads((HERE / "results/image-counts.json").read_text())
+    for dataset, name in (("voc", "voc_train_aug_labels"), ("ade", "ade_train_labels")):
+        labels = list(json.loads((SHARED / f"oracles/{name}.json").read_text()).values())
+        for key, counts in recorded[dataset].items():
+            if isinstance(counts, list):
+                task, setting = key.split()
+                steps = data.task_steps(task, recorded[dataset]["classes"])
+                args = train.parse(["--dataset", dataset, "--task", task, "--setting", setting])
+                assert counts == [len(i) for i in train.training_indices(args, steps, steps, labels)], key
+
+
 # ------------------------------------------------------------------------------------------ README.md
 
 def readme_commands():
@@ -1938,8 +2056,12 @@ def readme_commands():
     return sorted({(m[1], m[2].strip()) for m in found if m and (HERE / f"{m[1]}.py").exists()})
 
 
+def test_the_readmes_table_of_speed_is_the_committed_one():
+    assert (HERE / "results/bench.md").read_text().strip() in (HERE / "README.md").read_text()
+
+
 def test_every_command_in_the_readme_parses():
-    scripts = {"train": train, "eval": evaluation, "seginversion": seginversion, "data": data}
+    scripts = {"train": train, "eval": evaluation, "seginversion": seginversion, "data": data, "bench": bench}
     commands = readme_commands()
     assert len(commands) >= 15 and {script for script, _ in commands} == set(scripts)
     for script, arguments in commands:
@@ -1959,7 +2081,8 @@ def test_the_readmes_file_map_names_the_files_that_are_there_and_about_their_len
 
 def test_the_numbers_in_the_readme_are_those_of_the_committed_results():
     rows = re.findall(r"\| ([\d.]+) / ([\d.]+) / ([\d.]+) \| `(results/.*\.json)` \|", (HERE / "README.md").read_text())
-    assert sorted(row[3] for row in rows) == sorted(f"results/{p.name}" for p in (HERE / "results").glob("*.json"))
+    assert sorted(row[3] for row in rows) == sorted(
+        f"results/{p.name}" for p in (HERE / "results").glob("*.json") if p.name != "image-counts.json")
     for *numbers, name in rows:
         steps = json.loads((HERE / name).read_text())["steps"]
         last = torch.tensor(steps[-1]["confusion"])

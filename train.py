@@ -134,6 +134,16 @@ def batch_parts(args, step):
     return real, args.batch_size - real
 
 
+def step_length(args, step, num_images):
+    """Iterations of an epoch and of the whole step, and the number of fakes that SegInversion makes for it."""
+    real, fake = batch_parts(args, step)
+    per_epoch = max(1, num_images // real)
+    iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
+    fakes = (args.num_fakes or min(num_images, 1024)) if fake and num_images else 0
+    return (per_epoch, min(iterations, args.max_iters or iterations),
+            math.ceil(fakes / args.fake_batch) * args.fake_batch)
+
+
 def setup():
     """rank, world size, device, from torchrun's environment; a world of one runs the same code."""
     rank, world, local = (int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
@@ -225,9 +235,7 @@ def train_step(student, teacher, method, importance, view, parts, step, args, ru
     importance: None, or what adds lam * importance.penalty(student) to it
     """
     real, fake = parts
-    per_epoch = max(1, len(view.indices) // real)
-    iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
-    iterations = min(iterations, args.max_iters or iterations)
+    per_epoch, iterations, _ = step_length(args, step, len(view.indices))
     optimizer = torch.optim.SGD(student.parameters(), lr=args.lr0 if step == 0 else args.lr,
                                 momentum=0.9, nesterov=True, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, iterations, power=0.9)
@@ -346,7 +354,7 @@ def main(argv=None):
             images = indices[step]
             if without := [c for c in steps[step] if not any(c in train_labels[i] for i in images)]:
                 log(step=step, warning="no training image shows " + ", ".join(train_set.classes[c] for c in without))
-            parts = batch_parts(args, step)
+            parts, (*_, number_of_fakes) = batch_parts(args, step), step_length(args, step, len(images))
             torch.manual_seed(derive_seed(args.seed, step, 1))          # weight initialisation
             if step == 0:
                 teacher = None
@@ -359,13 +367,11 @@ def main(argv=None):
             else:
                 teacher, about = load_model(run / f"step-{step - 1}.pth", device)
                 teacher.requires_grad_(False)
-                if parts[1] and images:
+                if number_of_fakes:
                     began = time.monotonic()
-                    number = args.num_fakes or min(len(images), 1024)
-                    number = math.ceil(number / args.fake_batch) * args.fake_batch
                     try:
                         fakes = synthesize(
-                            teacher, run / f"fakes-step-{step}", number, size=args.crop, batch_size=args.fake_batch,
+                            teacher, run / f"fakes-step-{step}", number_of_fakes, size=args.crop, batch_size=args.fake_batch,
                             r=args.r, most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
                             compile=args.compile, report=lambda event: log(step=step, phase="seginversion", **event),
                             **{**inversion, **({"steps": 0} if args.fake == "noise" else {})})
