@@ -15,7 +15,9 @@ import contextlib
 import torch
 import torch.nn.functional as F
 
-ELEMENTS = 2 ** 22      # upsampled logits of a band, 16 MB in float32: several small images, some rows of a large one
+# Upsampled logits of a band (several small images, some rows of a large one), 4 bytes each: few enough for a CPU's
+# cache, enough to keep a GPU busy.
+ELEMENTS = {"cpu": 2 ** 20, "cuda": 2 ** 24}
 
 
 def upsample(logits, labels):
@@ -62,7 +64,8 @@ def chunked(loss, logits, teacher_logits, labels, of_labelled=()):
     Returns (l, terms): the scalar l, sum of the terms, to call backward() on, and the terms, detached.
     """
     (B, C, h, w), (H, W) = logits.shape, labels.shape[-2:]
-    many, tall = max(1, ELEMENTS // (C * H * W)), max(1, min(H, ELEMENTS // (C * W)))      # images, rows of a band
+    elements = ELEMENTS.get(logits.device.type, ELEMENTS["cuda"])
+    many, tall = max(1, elements // (C * H * W)), max(1, min(H, elements // (C * W)))      # images, rows of a band
     wanted = torch.is_grad_enabled() and logits.requires_grad
     all_labelled = (labels != 255).sum().clamp(min=1)
     terms, gradients = {}, []

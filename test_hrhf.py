@@ -258,7 +258,7 @@ def test_a_loss_in_bands_is_the_plain_loss_of_the_whole_batch_value_terms_and_gr
     labels = torch.randint(4, 6, (5, 16, 11), dtype=torch.uint8)
     labels[0, :9] = labels[3] = 255                         # bands with unequal shares of labelled pixels, some with none
     labels[1, 4:] = 0
-    monkeypatch.setattr(chunked, "ELEMENTS", elements)
+    monkeypatch.setitem(chunked.ELEMENTS, "cpu", elements)
     seen = []
     def watched(logits, teacher_logits, labels, lam=3.0):
         seen.append((len(logits), logits.shape[2]))
