@@ -11,6 +11,7 @@ Scores of class-incremental segmentation, and predictions for any picture.
 three conventions for the background, so all three are printed; the first is MiB's and the headline.
 """
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -25,8 +26,8 @@ from torchvision.utils import draw_segmentation_masks, make_grid, save_image
 
 import data
 from baselines import METHODS
-from data import InputError, write_atomically
 from chunked import upsample
+from data import InputError, write_atomically
 from model import load_model
 
 # mIoU (old, new, all) of the paper's Tables 1 and 7, as printed there. In 19-1 disjoint its Joint row
@@ -254,10 +255,69 @@ def save_predictions(model, view, path, device, count=8):
         save_grid(pictures, 3, path)
 
 
+@torch.inference_mode()
+def judge_fakes(folder, teacher, dataset, judge=None):
+    """How good the fakes in a folder are, class by class: a dict of numbers for each old class's name.
+
+    folder:  of synthesize(); teacher: (model, its class names), the network that was inverted
+    dataset: the real training images, for the size of the objects
+    judge:   (model, class names) of a network that had no part in the synthesis, trained on real data
+    images   fakes that were asked to show the class
+    found    share of those in which the teacher gives it more than 1 % of the pixels
+    sure     the teacher's mean probability of the class on the pixels it gives it
+    size     share of pixels the class has in those where it was found, and in the real images that show it
+    judge    the same share as found, by the judge; and its IoU with the teacher's map over all fakes asked
+    """
+    names, sums = teacher[1], {}
+    for line in (folder / "manifest.jsonl").read_text().splitlines():
+        fake = json.loads(line)
+        x = data.read_image(folder / fake["file"])
+        for transform in (v2.ToImage(), *data.normalise()):
+            x = transform(x)
+        x = x.as_subclass(torch.Tensor)[None].to(next(teacher[0].parameters()).device)
+        p = upsample(teacher[0](x), x).softmax(1)[0]                                        # (C_old, H, W)
+        theirs = upsample(judge[0](x), x).argmax(1)[0] if judge else None
+        for c in fake["classes"][1:]:
+            s = sums.setdefault(names[c], dict.fromkeys(
+                ("images", "found", "sure", "size", "judge found", "both", "either"), 0))
+            mine = p.argmax(0) == c
+            share = mine.float().mean().item()
+            s["images"] += 1
+            s["found"] += share > 0.01
+            s["sure"] += p[c][mine].mean().item() if share > 0.01 else 0
+            s["size"] += share if share > 0.01 else 0
+            if judge:
+                other = theirs == judge[1].index(names[c])
+                s["judge found"] += other.float().mean().item() > 0.01
+                s["both"] += (mine & other).sum().item()
+                s["either"] += (mine | other).sum().item()
+    labels, scores = dataset.labels(), {}
+    for name, s in sums.items():
+        c, found = dataset.classes.index(name), max(1, s["found"])
+        real = [np.mean(np.array(dataset.read(i)[1]) == c) for i in range(len(labels)) if c in labels[i]]
+        scores[name] = {"images": s["images"], "found": s["found"] / s["images"], "sure": s["sure"] / found,
+                        "size": s["size"] / found, "real size": float(np.mean(real)) if real else math.nan}
+        if judge:
+            scores[name] |= {"judge found": s["judge found"] / s["images"],
+                             "judge IoU": s["both"] / s["either"] if s["either"] else math.nan}
+    return scores
+
+
+def print_fakes(scores):
+    """judge_fakes' numbers as a Markdown table, shares in percent, with the mean over the classes."""
+    columns = list(next(iter(scores.values())))
+    print(f"| class | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    mean = {c: float(np.mean([s[c] for s in scores.values()])) for c in columns}
+    for name, s in {**scores, "mean": mean}.items():
+        print(f"| {name} | {s['images']:.0f} | " + " | ".join(f"{100 * s[c]:.1f}" for c in columns[1:]) + " |")
+
+
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Score a run again, or segment pictures with its last model.")
+    parser = argparse.ArgumentParser(description="Score a run again, segment pictures with its last model, or judge its fakes.")
     parser.add_argument("run", nargs="?", help="run folder that train.py wrote")
     parser.add_argument("--compare", nargs="+", metavar="RUN", help="print one table of these runs, and write compare.csv")
+    parser.add_argument("--fakes", type=int, metavar="STEP", help="judge the fakes that this step of the run was given")
+    parser.add_argument("--judge", metavar="CHECKPOINT", help="--fakes: of another network, not used in their synthesis")
     parser.add_argument("--predict", nargs="+", metavar="PATH", help="segment these images and folders instead")
     parser.add_argument("--out", default="predictions", help="folder for --predict's PNGs")
     parser.add_argument("--data-root", help="where the data is now, if it was moved since the run")
@@ -306,6 +366,17 @@ def main(argv=None):
             write_atomically(out / f"{path.stem}-overlay.png", lambda p: overlay.save(p, "PNG"))
             print(f"{path}: {', '.join(about['classes'][k] for k in seen) or 'background only'}")
         return
+
+    if args.fakes is not None:
+        folder = run / f"fakes-step-{args.fakes}"
+        if not (folder / "manifest.jsonl").exists():
+            raise InputError(f"--fakes {args.fakes}: {folder} holds no finished set of fakes")
+        networks = [(model, about["classes"]) for path in (run / f"step-{args.fakes - 1}.pth", args.judge) if path
+                    for model, about in [load_model(path, device)]]
+        if args.judge and (unknown := [name for name in networks[0][1] if name not in networks[1][1]]):
+            raise InputError(f"--judge {args.judge}: does not know {unknown[0]}")
+        dataset = data.load(settings.dataset, args.data_root or settings.data_root, "train")
+        return print_fakes(judge_fakes(folder, networks[0], dataset, *networks[1:]))
 
     results = data.read_json(run / "results.json", {"steps": list})
     dataset = data.load(settings.dataset, args.data_root or settings.data_root, "val")

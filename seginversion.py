@@ -28,8 +28,8 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 import data
-from data import InputError, derive_seed, write_atomically
 from chunked import upsample
+from data import InputError, derive_seed, write_atomically
 from eval import colour, save_grid
 from model import load_model
 from saa import scale_aware_aggregation
@@ -167,7 +167,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
              cosine to 0; the noise, shifts and flips come from `seed` alone (the global random state
              is not touched)
     tv, l2, bn: weights of the terms of R(x). jitter: largest random shift, as a share of the size.
-    compile: torch.compile the network; a minute of compiling, then shorter steps. Same images but for rounding.
+    compile: torch.compile the network, a minute or two at first. The same images but for rounding.
     on_step: called as on_step(i, terms) after step i with the named, detached loss terms
     Returns (B, 3, H, W) in the network's normalised space, clamped to the range of real images (for
     steps=0 the noise as it is drawn).

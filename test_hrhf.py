@@ -30,6 +30,7 @@ import data
 import distill
 import eval as evaluation
 import model
+import reproduce
 import seginversion
 import train
 from data import InputError
@@ -1330,6 +1331,19 @@ def test_settings_may_change_until_something_is_trained_and_the_data_may_move(fi
         train.main(command.replace(f"{finished}/data", f"{tmp_path}/moved").split())
 
 
+def test_a_shared_step_0_gives_the_run_it_was_trained_in_and_a_foreign_one_is_refused(finished, tmp_path):
+    command = f"{COMMON} --data-root {finished}/data --epochs 2 --step0 {finished}/run/step-0.pth --out {tmp_path}"
+    train.main(f"{command}/run".split())
+    scores = [json.loads((folder / "results.json").read_text()) for folder in (finished / "run", tmp_path / "run")]
+    assert scores[0]["final"] == scores[1]["final"] and scores[0]["steps"][0]["confusion"] == scores[1]["steps"][0]["confusion"]
+    assert not any(json.loads(line).get("of") and json.loads(line)["step"] == 0
+                   for line in (tmp_path / "run/log.jsonl").read_text().splitlines())
+    for flags, what in (("--task 2-1", "classes"), ("--backbone resnet18", "backbone"), ("--crop 64", "crop")):
+        with pytest.raises(InputError, match=f"its {what} differ"):
+            train.main(f"{command}/other {flags}".split())
+    assert not (tmp_path / "other/step-0.pth").exists()
+
+
 def test_finished_steps_copied_into_another_run_folder_are_built_upon(finished, tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("step-0.pth", "step-0.json", "step-1.pth", "step-1.json"):
@@ -2045,6 +2059,122 @@ def test_the_recorded_image_counts_are_those_of_the_real_label_sets():
                 assert counts == [len(i) for i in train.training_indices(args, steps, steps, labels)], key
 
 
+def test_fakes_are_judged_class_by_class_as_in_a_naive_count(tmp_path, capsys):
+    class Stripes(nn.Module):
+        """Class k where the red channel says so, with probability 0.7, else background."""
+        def __init__(self, order):
+            super().__init__()
+            self.order, self.weight = order, nn.Parameter(torch.zeros(1))
+        def forward(self, x):
+            red = ((x[:, 0] * data.STD[0] + data.MEAN[0]) * 255 / 40).round().long()
+            p = torch.full((len(x), 3, *x.shape[2:]), 0.15)
+            return p.scatter_(1, torch.tensor(self.order)[red][:, None], 0.7).log()
+    picture = lambda *columns: Image.fromarray(np.repeat(np.array(columns, np.uint8)[None, :, None] * 40, 3, 2).repeat(4, 0))
+    for name, columns in (("0", (1, 1, 0, 0)), ("1", (2, 0, 0, 0)), ("2", (1, 0, 0, 0))):
+        picture(*columns).save(tmp_path / f"{name}.png")
+    lines = [{"file": "0.png", "classes": [0, 1]}, {"file": "1.png", "classes": [0, 1, 2]}, {"file": "2.png", "classes": [0, 1]}]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    make_folder(tmp_path / "real", train=6, val=1)
+    dataset = data.load("folder", tmp_path / "real", "train")
+    names = dataset.classes[:3]
+    teacher, judge = (Stripes([0, 1, 2]), names), (Stripes([0, 1, 0]), [names[0], names[1], "other", names[2]])
+    scores = evaluation.judge_fakes(tmp_path, teacher, dataset, judge)
+    masks = [np.array(dataset.read(i)[1]) for i in range(len(dataset))]
+    real_sizes = [np.mean([(m == c).mean() for m in masks if (m == c).any()]) for c in (1, 2)]
+    assert scores[names[1]] == pytest.approx({"images": 3, "found": 2 / 3, "sure": 0.7, "size": (0.5 + 0.25) / 2,
+                                              "real size": real_sizes[0], "judge found": 2 / 3, "judge IoU": 1.0}, abs=1e-5)
+    assert scores[names[2]] == pytest.approx({"images": 1, "found": 1.0, "sure": 0.7, "size": 0.25,
+                                              "real size": real_sizes[1], "judge found": 0.0, "judge IoU": 0.0}, abs=1e-5)
+    assert evaluation.judge_fakes(tmp_path, teacher, dataset)[names[2]].keys() == {"images", "found", "sure", "size", "real size"}
+    evaluation.print_fakes(scores)
+    assert f"| {names[2]} | 1 | 100.0 | 70.0 | 25.0 |" in capsys.readouterr().out
+
+
+def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
+    evaluation.main([f"{finished}/run", "--fakes", "2", "--judge", f"{finished}/run/step-2.pth"])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("| class | images | found") and "judge IoU" in table[0] and table[-1].startswith("| mean |")
+    for flags, problem in ((["--fakes", "9"], "holds no finished set"),
+                           (["--fakes", "2", "--judge", f"{finished}/run/step-0.pth"], "does not know")):
+        with pytest.raises(InputError, match=problem):
+            evaluation.main([f"{finished}/run", *flags])
+
+
+# ---------------------------------------------------------------------------------------- reproduce.py
+
+def test_the_study_names_every_different_run_once_and_all_its_flags_parse():
+    runs = [run for runs in reproduce.study().values() for run in runs]
+    by_name = {}
+    for run in runs:
+        assert by_name.setdefault(run.name, run)._replace(row="") == run._replace(row="")
+        flags = f"{reproduce.SETTINGS[run.dataset]} --task {run.task} --setting {run.setting} --seed {run.seed} {run.flags}"
+        args = train.parse(flags.replace(f"--fake {reproduce.ORACLE}", "--fake none").split())
+        train.batch_parts(args, 1)
+    assert len({run.flags for run in runs}) >= 20 and {run.dataset for run in runs} == {"shapes", "voc6"}
+
+
+def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1")
+    roots, calls, real = {"shapes": finished / "data"}, [], train.main
+    monkeypatch.setattr(train, "main", lambda flags: (calls.append(flags), real(flags)))
+    runs = [reproduce.Run("shapes", "1-1", "disjoint", row, flags, 3) for row, flags in (
+        ("Baseline", "--fake none"), ("real", f"--fake {reproduce.ORACLE}"), ("joint", "--method joint"), ("Baseline", "--fake none"))]
+    for run in runs:
+        reproduce.perform(run, roots, tmp_path / "runs", tmp_path / "results")
+    assert len(calls) == 3 and ["--step0" in flags for flags in calls] == [False, True, False]
+    results = [json.loads((tmp_path / f"results/{run.name}.json").read_text()) for run in runs]
+    assert results[0]["step 0"] == results[1]["step 0"] and "--fake real" in results[1]["command"]
+    assert 0 <= results[0]["all"] <= 1 and len(results[0]["iou"]) == 4
+    assert train.synthesize is seginversion.synthesize
+    assert not list((tmp_path / "runs").rglob("step-1.pth"))
+
+
+def test_the_oracle_replays_real_images_of_the_steps_before_and_no_others(finished, tmp_path):
+    train_set = data.load("folder", finished / "data", "train")
+    steps = data.task_steps("1-1", 3)
+    paths = reproduce.real_replay(train_set, steps, 2, None, tmp_path / "fakes", 12, size=32)
+    old = [i for i, labels in enumerate(train_set.labels()) if 3 not in labels and {1, 2} & set(labels)]
+    crop = torchvision.transforms.v2.Compose([torchvision.transforms.v2.Resize(32), torchvision.transforms.v2.CenterCrop(32)])
+    allowed = {np.array(crop(train_set.read(i)[0])).tobytes() for i in old}
+    assert len(paths) == 12 and all(np.array(Image.open(p)).tobytes() in allowed for p in paths)
+
+
+def test_the_tables_of_the_study_are_made_of_its_committed_results():
+    assert (HERE / "results/README.md").read_text() == reproduce.report(HERE / "results/study")
+
+
+def test_mean_and_spread_are_over_the_seeds_in_percent():
+    assert reproduce.spread([0.10, 0.20, 0.60]) == "30.0 ± 26.5" and reproduce.spread([0.123]) == "12.3"
+
+
+def test_voc6_is_made_out_of_voc_2012(tmp_path, monkeypatch):
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
+        (voc / folder).mkdir(parents=True)
+    ids = np.zeros((300, 400), np.uint8)
+    for k, value in enumerate((8, 10, 12, 13, 15, 17, 255, 1)):         # cat, cow, dog, horse, person, sheep, void, aeroplane
+        ids[:, 50 * k:50 * k + 50] = value
+    for folder, name in (("SegmentationClassAug", "a"), ("SegmentationClass", "b")):
+        Image.fromarray(ids).save(voc / folder / f"{name}.png")
+        Image.fromarray(np.full((300, 400, 3), 90, np.uint8)).save(voc / "JPEGImages" / f"{name}.jpg")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/voc6.json").write_text('{"train": ["a"], "val": ["b"]}')
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    reproduce.main(["--make-voc6", str(tmp_path), "--voc6", str(tmp_path / "voc6")])
+    for split in ("train", "val"):
+        made = data.load("folder", tmp_path / "voc6", split)
+        assert made.classes == "background cat cow dog horse person sheep".split()
+        image, mask = made.read(0)
+        assert image.size == mask.size == (256, 192)
+        assert [np.array(mask)[100, 16 + 32 * k] for k in range(8)] == [1, 2, 3, 4, 5, 6, 255, 0]
+
+
+@real_data
+def test_the_committed_lists_of_voc6_are_those_of_the_real_one():
+    for split, ids in json.loads((HERE / "results/voc6.json").read_text()).items():
+        assert ids == (SHARED / f"data/voc6/ImageSets/Segmentation/{split}.txt").read_text().split()
+
+
 # ------------------------------------------------------------------------------------------ README.md
 
 def readme_commands():
@@ -2061,7 +2191,7 @@ def test_the_readmes_table_of_speed_is_the_committed_one():
 
 
 def test_every_command_in_the_readme_parses():
-    scripts = {"train": train, "eval": evaluation, "seginversion": seginversion, "data": data, "bench": bench}
+    scripts = {"train": train, "eval": evaluation, "seginversion": seginversion, "data": data, "bench": bench, "reproduce": reproduce}
     commands = readme_commands()
     assert len(commands) >= 15 and {script for script, _ in commands} == set(scripts)
     for script, arguments in commands:
@@ -2082,7 +2212,7 @@ def test_the_readmes_file_map_names_the_files_that_are_there_and_about_their_len
 def test_the_numbers_in_the_readme_are_those_of_the_committed_results():
     rows = re.findall(r"\| ([\d.]+) / ([\d.]+) / ([\d.]+) \| `(results/.*\.json)` \|", (HERE / "README.md").read_text())
     assert sorted(row[3] for row in rows) == sorted(
-        f"results/{p.name}" for p in (HERE / "results").glob("*.json") if p.name != "image-counts.json")
+        f"results/{p.name}" for p in (HERE / "results").glob("*.json") if p.name not in ("image-counts.json", "voc6.json"))
     for *numbers, name in rows:
         steps = json.loads((HERE / name).read_text())["steps"]
         last = torch.tensor(steps[-1]["confusion"])

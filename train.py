@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -63,6 +64,7 @@ def parse(argv=None):
     a("--split-dir", help="folder of MiB's train-<step>.npy lists, to compare with its ADE numbers")
     a("--void", choices=["background", "ignore"], default="background",
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
+    a("--step0", metavar="CHECKPOINT", help="another run's step-0.pth to build upon: methods and ablations share it")
     a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>[-<method>]")
     a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller ones for fewer or no GPUs")
     a("--pretrained", default="imagenet",
@@ -89,7 +91,7 @@ def parse(argv=None):
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes are noisy")
     a("--bn", type=float, default=1.16, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
     a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
-    a("--compile", action="store_true", help="torch.compile for SegInversion: a minute or two, then faster steps")
+    a("--compile", action="store_true", help="torch.compile for SegInversion: costs a minute or two at first")
     a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
     a("--workers", type=int, help="loader processes per rank; raise it if data_wait in the log is not near 0")
     a("--seed", type=int, default=42, help="of everything random")
@@ -203,6 +205,17 @@ def training_indices(args, steps, groups, labels):
         raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training images "
                          f"in {args.data_root}")
     return indices
+
+
+def share_step0(args, classes, checkpoint):
+    """Copy --step0 to a run's own step-0.pth, if it is a step 0 of this task and network."""
+    model, about = load_model(args.step0)
+    there, here = ((backbone, names, crop) for backbone, names, crop in (
+        (model.backbone, about["classes"], about["crop"]), (args.backbone, classes, args.crop)))
+    if there != here:
+        what = next(what for what, a, b in zip(("backbone", "classes", "crop"), there, here) if a != b)
+        raise InputError(f"--step0 {args.step0}: its {what} differs from this command's; train step 0 anew, without --step0")
+    write_atomically(checkpoint, lambda p: shutil.copyfile(args.step0, p))
 
 
 def strict_json(value, digits=17):
@@ -350,6 +363,10 @@ def main(argv=None):
         if record.exists():
             continue
         seconds, fakes = {}, []
+        if step == 0 and args.step0 and not checkpoint.exists():
+            if rank == 0:
+                share_step0(args, [train_set.classes[c] for c in [0, *steps[0]]], checkpoint)
+            from_rank_0(None, world)
         if not checkpoint.exists():
             images = indices[step]
             if without := [c for c in steps[step] if not any(c in train_labels[i] for i in images)]:
