@@ -127,7 +127,11 @@ def ilt(student, teacher, batch, lam=100.0):
     return l + distance, {**terms, "features": distance.detach()}
 
 
-ft, lwf, lwf_mc, mib = (partial(method, loss) for loss in (ft_loss, lwf_loss, lwf_mc_loss, mib_loss))
+def ft(student, teacher, batch, lam):
+    return method(ft_loss, student, None, batch, lam)       # it has no use for the teacher
+
+
+lwf, lwf_mc, mib = (partial(method, loss) for loss in (lwf_loss, lwf_mc_loss, mib_loss))
 
 
 # ----------------------------------------------------------------------------------- the penalty family

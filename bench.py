@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import inspect
 import io
 import json
 import math
@@ -29,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,9 +42,10 @@ import train
 from baselines import METHODS
 from chunked import chunked, upsample
 from data import InputError
+from eval import evaluate
 from model import DeepLabV3
 from saa import scale_aware_aggregation
-from seginversion import classification_loss, frozen, invert, synthesize
+from seginversion import classification_loss, invert, synthesize
 
 REPEATS = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,6 +55,8 @@ def alternate(sides, repeats=REPEATS):
     """Seconds of every side, {name: [one per repeat]}, the sides run in turn after one run each to warm up."""
     for run in sides.values():
         run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     seconds = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
@@ -156,7 +159,8 @@ def losses():
             yield f"| peak memory, measured, batch {B}: {sizes(plain, bands)} | | |"
     for B in (largest, 24):
         plain, bands = counted_peak("plain", B), counted_peak("in bands", B)
-        yield f"| peak memory, tensors counted, batch {B}: {sizes(plain, bands)} | | {'>= 10' if B == 24 else ''} |"
+        yield (f"| peak memory, tensors counted, batch {B}, bands as on a GPU: {sizes(plain, bands)} | "
+               f"| {'>= 10' if B == 24 else ''} |")
     for B, C in ((4, 21), (4, 151)):
         (plain, s), (bands, s_bands) = loss_case("plain", B, C), loss_case("in bands", B, C)
         seconds = alternate({"plain": plain, "in bands": bands})
@@ -182,9 +186,10 @@ def published_inversion(model, targets, r, size, steps):
         var = inputs[0].permute(1, 0, 2, 3).contiguous().view(len(mean), -1).var(1, unbiased=False)
         distances.append((layer.running_var - var).norm() + (layer.running_mean - mean).norm())
     hooks = [m.register_forward_hook(compare) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for _ in range(steps):
+    for i in range(steps):
         distances.clear()
-        view = torch.roll(x, (3, -5), dims=(2, 3)).flip(3)
+        view = torch.roll(x, (3, -5), dims=(2, 3))
+        view = view.flip(3) if i % 2 else view
         scores = scale_aware_aggregation(model(view), r)
         tv = sum((a - b).norm() for a, b in (
             (view[..., 1:], view[..., :-1]), (view[:, :, 1:], view[:, :, :-1]),
@@ -211,6 +216,7 @@ def inversion():
         def bare(model):
             x = torch.randn(B, 3, size, size, device=DEVICE, requires_grad=True)
             for _ in range(steps):
+                x.grad = None
                 model(x).sum().backward()
         ours = functools.partial(invert, model, targets, r, size=size, steps=steps)
         seconds = alternate({
@@ -293,13 +299,14 @@ def make_folder(folder, number, distinct=50):
 
 # --------------------------------------------------------------------------------------------- 4. scale
 
-def rank_main(rank, world, job, folder, ready, queue):
-    """One process with one thread, of `world` that share a job; its seconds go to the queue."""
+def rank_main(process, world, job, folders, ready, queue):
+    """One process with one thread; `world` of them share a job, and a job has a folder. Its seconds go to the queue."""
+    rank, folder = process % world, folders[process // world]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    queue.put({"synthesis": rank_synthesis, "training": rank_training}[job](rank, world, Path(folder), ready))
+    queue.put({"synthesis": rank_synthesis, "training": rank_training}[job](rank, world, folder, ready))
     if world > 1:
         dist.destroy_process_group()
 
@@ -321,7 +328,7 @@ def rank_training(rank, world, folder, ready):
     table = data.label_map([[*range(1, 16)], [16]], 1, "train")
     view = data.View(dataset, range(len(dataset)), table, data.train_transform(128))
     for iterations in (2, 12):                              # the first to warm up
-        args = train.parse(f"--crop 128 --batch-size 16 --workers 0 --max-iters {iterations} --out {folder}".split())
+        args = train.parse(f"--crop 128 --batch-size 16 --workers 0 --no-amp --max-iters {iterations} --out {folder}".split())
         seconds = {}
         train.train_step(student, teacher, METHODS["hrhf"].loss, None, view, (16, 0), 1, args, folder,
                          lambda **event: None, seconds, rank, world, torch.device("cpu"))
@@ -340,15 +347,9 @@ def scale():
             folders = [Path(folder) / str(j) for j in range(jobs)]
             for path in folders:
                 path.mkdir()
-            queue, ready = spawn.Queue(), spawn.Barrier(jobs * world)
-            processes = [spawn.Process(target=rank_main, args=(rank, world, job, path, ready, queue))
-                         for path in folders for rank in range(world)]
-            for process in processes:
-                process.start()
-            seconds = max(queue.get() for _ in processes)
-            for process in processes:
-                process.join()
-            return seconds
+            queue, ready = spawn.SimpleQueue(), spawn.Barrier(jobs * world)
+            torch.multiprocessing.spawn(rank_main, (world, job, folders, ready, queue), nprocs=jobs * world)
+            return max(queue.get() for _ in range(jobs * world))
     for job, what, target, share in (
             ("synthesis", "SegInversion, mobilenet_v2, 8 batches of 8 x 96 x 96", ">= 1.9", ">= 0.95"),
             ("training", "training, mobilenet_v2, mini-batch 16 x 128 x 128", ">= 1.7", ">= 0.85")):
@@ -364,16 +365,16 @@ def scale():
         scan, loop, cached = [], [], []
         yield "| **Labels of 10,582 images of 500 x 375** | | | |"
 
-        def timed(seconds, run):
+        def keep_time(seconds, run):
             began = time.perf_counter()
             with contextlib.redirect_stderr(io.StringIO()):         # "scanning masks: ..."
                 run()
             seconds.append(time.perf_counter() - began)
         for _ in range(REPEATS):
             dataset.cache.unlink(missing_ok=True)
-            timed(scan, dataset.labels)
-            timed(cached, dataset.labels)
-            timed(loop, lambda: [np.unique(np.array(Image.open(mask))).tolist() for mask in dataset.masks])
+            keep_time(scan, dataset.labels)
+            keep_time(cached, dataset.labels)
+            keep_time(loop, lambda: [np.unique(np.array(Image.open(mask))).tolist() for mask in dataset.masks])
         yield row("images/s, ours / a plain loop with np.unique", loop, scan)
         yield row(f"a second start (at most {max(cached):.2f} s) / the scan", cached, scan, "< 1 s")
 
@@ -381,7 +382,7 @@ def scale():
 # ---------------------------------------------------------------------------------------------- 5. plan
 
 def images_of_steps(args):
-    """Classes and training images of each step, and test images: counted in the data, or as recorded from it."""
+    """Classes and training images of each step, test images, and whether they were counted or had been recorded."""
     joint = METHODS[args.method].offline
     try:
         train_set, test_set = (data.load(args.dataset, args.data_root, split) for split in ("train", "val"))
@@ -391,16 +392,21 @@ def images_of_steps(args):
         if counts is None or args.split_dir:
             raise
         groups = data.task_steps(args.task, recorded["classes"])
-        return [sum(groups, [])] if joint else groups, counts, recorded["test"]
+        return [sum(groups, [])] if joint else groups, counts, recorded["test"], "as recorded in results/image-counts.json"
     groups = data.task_steps(args.task, len(train_set.classes) - 1)
     steps = [sum(groups, [])] if joint else groups
     images = train.training_indices(args, steps, groups, train_set.labels())
-    return steps, [len(i) for i in images], len(test_set)
+    return steps, [len(i) for i in images], len(test_set), f"counted in {args.data_root}"
+
+
+def convolution_backward(dy, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, **_):
+    """FLOPs of each gradient wanted, from shapes: those of the forward pass. torch's own count takes groups for dense."""
+    return 2 * math.prod(dy) * math.prod(weight[1:]) * (wanted[0] + wanted[1])
 
 
 def cost(run):
     """FLOPs of a run on the meta device, by torch's counter, and bytes of its tensors at their most."""
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward}) as flops:
         run()
     with PeakMemory() as memory:
         run()
@@ -409,15 +415,16 @@ def cost(run):
 
 def plan(args, gpus, tflops):
     """A Markdown table of a whole run: FLOPs, memory and hours of every phase."""
-    steps, counts, test_images = images_of_steps(args)
+    train.check_batch_size(args, gpus)
+    steps, counts, test_images, source = images_of_steps(args)
     classes = [1 + len(steps[0]), *map(len, steps[1:])]
-    size, local = args.crop, math.ceil(args.batch_size / gpus)
+    size, local = args.crop, args.batch_size // gpus
     method = functools.partial(METHODS[args.method].loss, lam=args.lam)
     with torch.device("meta"):
         images, labels = torch.empty(local, 3, size, size), torch.empty(local, size, size, dtype=torch.uint8)
-        tested = torch.empty(8, 3, size, size)              # evaluate()'s batch
+        tested = torch.empty(inspect.signature(evaluate).parameters["batch_size"].default, 3, size, size)
     yield (f"{args.dataset} {args.task} {args.setting}, {args.method}, {args.backbone}, crop {size}, "
-           f"mini-batch {args.batch_size}: {gpus} GPUs at {tflops:g} TFLOP/s sustained on each\n")
+           f"mini-batch {args.batch_size}: {gpus} GPUs at {tflops:g} TFLOP/s sustained on each; images {source}\n")
     yield "| step | phase | images | iterations of a GPU | PFLOP | GB a GPU | hours |\n|---|---|---|---|---|---|---|"
     total_flops = total_hours = 0
 
@@ -426,14 +433,15 @@ def plan(args, gpus, tflops):
         nonlocal total_flops, total_hours
         hours = rounds * flops / (tflops * 1e12) / 3600
         total_flops, total_hours = total_flops + batches * flops, total_hours + hours
-        return (f"| {step} | {name} | {count} | {rounds} | {batches * flops / 1e15:.1f} | {(peak + held) / 1e9:.1f} "
+        return (f"| {step} | {name} | {count} | {rounds} | {batches * flops / 1e15:.4g} | {(peak + held) / 1e9:.3g} "
                 f"| {hours:.2f} |")
 
     for step, count in enumerate(counts):
         with torch.device("meta"):
             teacher = DeepLabV3(args.backbone, classes[:step]).eval().requires_grad_(False) if step else None
             student = DeepLabV3(args.backbone, classes[:step + 1])
-        held = lambda *models: sum(t.nbytes for m in models if m for t in m.state_dict().values())
+        held = lambda *things: sum(t.nbytes for thing in things for t in tree_leaves(thing) if isinstance(t, torch.Tensor))
+        weights = [m.state_dict() for m in (student, teacher) if m]
         _, iterations, fakes = train.step_length(args, step, count)
         if fakes and args.fake == "seginversion":
             targets = torch.zeros(args.fake_batch, sum(classes[:step]))
@@ -441,16 +449,18 @@ def plan(args, gpus, tflops):
             flops, peak = cost(lambda: invert(teacher, targets, 1.0, size=size, steps=1))
             batches, each = fakes // args.fake_batch, min(args.fake_steps, args.max_iters or args.fake_steps)
             rounds = math.ceil(batches / gpus)
-            yield phase(step, "SegInversion", fakes, batches * each, rounds * each, flops, peak, held(teacher))
+            yield phase(step, "SegInversion", fakes, batches * each, rounds * each, flops, peak, held(weights[1]))
+
+        optimizer = torch.optim.SGD(student.parameters(), momentum=0.9, nesterov=True, weight_decay=1e-4)
 
         def one_iteration():
-            optimizer = torch.optim.SGD(student.parameters(), momentum=0.9, nesterov=True, weight_decay=1e-4)
             method(student, teacher, (images, labels))[0].backward()
             optimizer.step()
-            student.zero_grad()
+            optimizer.zero_grad()
         student.train()
-        flops, peak = cost(one_iteration)
-        yield phase(step, "training", count, gpus * iterations, iterations, flops, peak, held(student, teacher))
+        flops, peak = cost(one_iteration)                   # the memory of its second run, with momentum there
+        there = held(weights, optimizer.state_dict(), images, labels)
+        yield phase(step, "training", count, gpus * iterations, iterations, flops, peak, there)
 
         def one_batch():
             with torch.inference_mode():
@@ -458,11 +468,11 @@ def plan(args, gpus, tflops):
         student.eval()
         flops, peak = cost(one_batch)
         batches = math.ceil(test_images / len(tested))
-        yield phase(step, "evaluation", test_images, batches, math.ceil(batches / gpus), flops, peak, held(student))
-    yield f"| all | | | | {total_flops / 1e15:.1f} | | {total_hours:.2f} |\n"
+        yield phase(step, "evaluation", test_images, batches, math.ceil(batches / gpus), flops, peak, held(weights[0], tested))
+    yield f"| all | | | | {total_flops / 1e15:.4g} | | {total_hours:.2f} |\n"
     yield ("FLOPs: torch's counter (convolutions and products of matrices, a multiplication and an addition are two). "
-           "GB: float32 tensors alive at once, without what kernels, DDP and nccl take for themselves; mixed precision "
-           "needs less. Every step is tested on all test images here; a run leaves out those without a class it knows.")
+           "GB: float32 tensors alive at once, without what kernels, DDP, nccl and the importances of EWC, PI and RW take; "
+           "mixed precision needs less. Every step is tested on all test images here; a run leaves out those without a class it knows.")
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -473,13 +483,16 @@ SECTIONS = {"losses": losses, "inversion": inversion, "training": training, "sca
 def machine():
     """What the numbers were measured on."""
     here = Path(__file__).parent
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
+    commit = git("describe", "--always") or "unknown"
+    if git("diff", "--name-only", "HEAD", "--", "*.py"):
+        commit += " and changes"
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return (f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads unless said otherwise; "
-            f"torch {torch.__version__}, Python {platform.python_version()}; commit {git.stdout.strip() or 'unknown'}; "
+            f"torch {torch.__version__}, Python {platform.python_version()}; commit {commit}; "
             f"{REPEATS} repeats, A B A B")
 
 
@@ -488,7 +501,7 @@ def parse(argv=None):
     parser.add_argument("--plan", action="store_true", help="the cost of a run of train.py, whose flags follow")
     parser.add_argument("--gpus", type=int, default=1, help="--plan: how many")
     parser.add_argument("--tflops", type=float, default=50.0,
-                        help="--plan: what one sustains; yours is a phase's PFLOP over its seconds in results.json")
+                        help="--plan: what one sustains; yours: a phase's PFLOP over its seconds in results.json and GPUs")
     args, rest = parser.parse_known_args(argv)
     args.sections, args.train = (None, train.parse(rest)) if args.plan else (rest or list(SECTIONS), None)
     if not args.plan and not set(rest) <= SECTIONS.keys():
@@ -504,7 +517,7 @@ def main(argv=None):
         for line in plan(args.train, args.gpus, args.tflops):
             print(line, flush=True)
         return
-    print(f"{machine()}\n\n| A / B, in seconds unless said otherwise | median | lowest to highest | aim |", flush=True)
+    print(f"{machine()}\n\n| A / B: seconds, or what the row says | median | lowest to highest | aim |", flush=True)
     print("|---|---|---|---|", flush=True)
     for section in args.sections:
         for line in SECTIONS[section]():

@@ -27,13 +27,17 @@ def upsample(logits, labels):
 
 
 def upsample_rows(logits, rows, H, W):
-    """Rows `rows` (a slice) of `upsample` to (H, W): the columns' weights as a matrix, then the rows' as always."""
+    """The rows `rows` (a slice) of `upsample` to (H, W): a matrix of bilinear weights down, interpolate across."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     one_hot = torch.eye(logits.shape[2], dtype=logits.dtype, device=logits.device)
     weights = F.interpolate(one_hot[None], H, mode="linear", align_corners=False)[0].T[rows]       # (rows, h)
-    device = logits.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext():
-        return F.interpolate(weights @ logits, (len(weights), W), mode="bilinear", align_corners=False)
+    return F.interpolate(weights @ logits, (len(weights), W), mode="bilinear", align_corners=False)
+
+
+def float32(device):
+    """No autocast inside, forward or backward: a matrix product in half precision would cost the gradient."""
+    known = torch.amp.is_autocast_available(device.type)                        # not for "meta"
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 class WithGradient(torch.autograd.Function):
@@ -70,19 +74,20 @@ def chunked(loss, logits, teacher_logits, labels, of_labelled=()):
     all_labelled = (labels != 255).sum().clamp(min=1)
     terms, gradients = {}, []
     for first in range(0, B, many):
-        # float32: a float16 gradient would underflow, as the scaler's factor comes only in backward()
+        # float32 all the way: a float16 gradient would underflow, as the scaler's factor comes only in backward()
         s = logits[first:first + many].detach()
         s = s.to(torch.promote_types(s.dtype, torch.float32)).requires_grad_(wanted)
         gradients.append(torch.zeros_like(s))
         for top in range(0, H, tall):
             rows = slice(top, top + tall)
             y = labels[first:first + many, rows]
-            t = None if teacher_logits is None else upsample_rows(teacher_logits[first:first + many], rows, H, W)
-            band = loss(upsample_rows(s, rows, H, W), t, y)
             share = {True: (y != 255).sum() / all_labelled, False: y.numel() / labels.numel()}
-            band = {name: share[name in of_labelled] * term for name, term in band.items()}
-            if wanted:
-                gradients[-1] += torch.autograd.grad(sum(band.values()), s)[0]
+            with float32(logits.device):
+                t = None if teacher_logits is None else upsample_rows(teacher_logits[first:first + many], rows, H, W)
+                band = loss(upsample_rows(s, rows, H, W), t, y)
+                band = {name: share[name in of_labelled] * term for name, term in band.items()}
+                if wanted:
+                    gradients[-1] += torch.autograd.grad(sum(band.values()), s)[0]
             terms = {name: terms.get(name, 0) + term.detach() for name, term in band.items()}
     l = sum(terms.values())
     return (WithGradient.apply(logits, l, torch.cat(gradients)) if wanted else l), terms

@@ -58,9 +58,8 @@ class MeasureAndNormalise(torch.autograd.Function):
         y = s * (x - running_mean) + bias,      s = weight / sqrt(running_var + eps)
         d = || m - running_mean ||_2 + || v - running_var ||_2
 
-    m, v: mean and biased variance of x (B, C, H, W) over its n = B H W values a channel. One pass over x gives
-    both, and one over x and dy the gradient of y and d together, which is affine in x. Only x gets one; 0 for a
-    norm that is 0.
+    m, v: mean and biased variance of x (B, C, H, W) over its n = B H W values a channel, from one kernel. The
+    gradients of y and d come together, affine in x. Only x gets one; 0 for a norm that is 0.
 
         dx = s * dy + a * x + b     a = dd * 2/n * (v - running_var) / || v - running_var ||
                                     b = dd * 1/n * (m - running_mean) / || m - running_mean || - a * m
@@ -70,10 +69,11 @@ class MeasureAndNormalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, running_mean, running_var, weight, bias, eps):
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         if x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-            m, v = torch.batch_norm_update_stats(x, None, None, 0.0)    # BatchNorm's own kernel, far faster on a CPU
+            m, v = torch.batch_norm_update_stats(x32, None, None, 0.0)    # BatchNorm's own kernel, far faster on a CPU
         else:                                                           # what a compiler can fuse
-            v, m = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            v, m = torch.var_mean(x32, dim=(0, 2, 3), correction=0)
         far_m, far_v = m - running_mean, v - running_var
         norm_m, norm_v = far_m.norm(), far_v.norm()
         s = (running_var + eps).rsqrt() * weight
@@ -285,6 +285,8 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
 
     C = sum(model.classes_per_step)
     device = next(model.parameters()).device
+    if compile:                                             # what was compiled for another network counts against a limit
+        torch.compiler.reset()
     asked = balanced_targets(num_images, C - 1, derive_seed(seed, 0), most)
     part = lambda b: folder / f"batch-{b:05d}.jsonl"
     batches = range(math.ceil(num_images / batch_size))

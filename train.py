@@ -136,6 +136,12 @@ def batch_parts(args, step):
     return real, args.batch_size - real
 
 
+def check_batch_size(args, world):
+    if args.batch_size % world or args.batch_size < 2 * world:
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes, with at least "
+                         "two images for each (BatchNorm after global pooling has one value per image)")
+
+
 def step_length(args, step, num_images):
     """Iterations of an epoch and of the whole step, and the number of fakes that SegInversion makes for it."""
     real, fake = batch_parts(args, step)
@@ -337,9 +343,7 @@ def train_step(student, teacher, method, importance, view, parts, step, args, ru
 def main(argv=None):
     args = parse(argv)
     rank, world, device = setup()
-    if args.batch_size % world or args.batch_size < 2 * world:
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes, with at least "
-                         "two images for each (BatchNorm after global pooling has one value per image)")
+    check_batch_size(args, world)
     run = Path(args.out)
     train_set, test_set = (data.load(args.dataset, args.data_root, split) for split in ("train", "val"))
     steps = groups = data.task_steps(args.task, len(train_set.classes) - 1)
