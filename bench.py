@@ -480,19 +480,21 @@ def plan(args, gpus, tflops):
 SECTIONS = {"losses": losses, "inversion": inversion, "training": training, "scale": scale}
 
 
+def commit():
+    """The code's commit; results may have changed since."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    changes = git("diff", "--name-only", "HEAD", "--", "*.py").stdout.strip()
+    return (git("describe", "--always").stdout.strip() or "unknown") + (" and changes" if changes else "")
+
+
 def machine():
     """What the numbers were measured on."""
-    here = Path(__file__).parent
-    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True).stdout.strip()
-    commit = git("describe", "--always") or "unknown"
-    if git("diff", "--name-only", "HEAD", "--", "*.py"):
-        commit += " and changes"
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return (f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads unless said otherwise; "
-            f"torch {torch.__version__}, Python {platform.python_version()}; commit {commit}; "
+            f"torch {torch.__version__}, Python {platform.python_version()}; commit {commit()}; "
             f"{REPEATS} repeats, A B A B")
 
 

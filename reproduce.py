@@ -14,7 +14,6 @@ import argparse
 import json
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +27,7 @@ from torchvision.transforms import v2
 import data
 import train
 from baselines import METHODS
+from bench import commit
 from data import write_atomically
 
 HERE = Path(__file__).parent
@@ -58,14 +58,23 @@ class Run(NamedTuple):
 
 MAIN = {"FT": "--method ft", "LwF": "--method lwf", "MiB": "--method mib", "HRHF": "", "Joint": "--method joint"}
 OTHERS = {"PI": "--method pi", "EWC": "--method ewc", "RW": "--method rw", "LwF-MC": "--method lwf-mc", "ILT": "--method ilt"}
+HRHF, BASELINE, REAL = "+ SegInversion (HRHF)", "Baseline (no fakes)", "real old images (outside the protocol)"
 ROWS = {
-    "table2": {"Baseline (no fakes)": "--fake none", "+ Noise": "--fake noise", "+ SegInversion (HRHF)": "",
-               "real old images (outside the protocol)": f"--fake {ORACLE}"},
+    "table2": {BASELINE: "--fake none", "+ Noise": "--fake noise", HRHF: "", REAL: f"--fake {ORACLE}"},
     "table3": {"AVG": "--r avg", "MAX": "--r max", "SAA (random r)": ""},
     "table4": {**{f"r = {r}": f"--r {r}" for r in ("0.5", "1", "5", "10", "20")}, "random": ""},
     "table5": {"without KD": "--lam 0", "with KD": ""},
     "table6": {"1:1": "", "1:2": "--real-fake 1:2", "2:1": "--real-fake 2:1"},
 }
+CLAIMS = [                          # what the paper says, as table, better row, worse row
+    ("HRHF beats MiB", "table1", "HRHF", "MiB"), ("HRHF beats LwF", "table1", "HRHF", "LwF"),
+    ("HRHF beats fine-tuning", "table1", "HRHF", "FT"),
+    ("fakes beat no fakes", "table2", HRHF, BASELINE), ("fakes beat noise", "table2", HRHF, "+ Noise"),
+    ("SAA beats AVG", "table3", "SAA (random r)", "AVG"), ("SAA beats MAX", "table3", "SAA (random r)", "MAX"),
+    *[(f"a random r beats r = {r}", "table4", "random", f"r = {r}") for r in ("0.5", "1", "5", "10", "20")],
+    ("distillation helps", "table5", "with KD", "without KD"),
+    ("1:1 beats 1:2", "table6", "1:1", "1:2"), ("1:1 beats 2:1", "table6", "1:1", "2:1"),
+]
 TITLES = {"table1": "Methods (paper: Table 1)", "table2": "Fakes (paper: Table 2)", "table3": "Aggregation (paper: Table 3)",
           "table4": "Scale r (paper: Table 4)", "table5": "Knowledge distillation (paper: Table 5)",
           "table6": "Real : fake in a mini-batch (paper: Table 6)"}
@@ -148,11 +157,10 @@ def perform(run, roots, runs, results, extra=()):
     if shares and not shared.exists():
         write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
     final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     command = f"train.py {SETTINGS[run.dataset]} --task {run.task} --setting {run.setting} --seed {run.seed} {run.flags}"
     results.mkdir(parents=True, exist_ok=True)
     write_atomically(result, lambda p: p.write_text(json.dumps({
-        "command": command.strip(), "commit": git.stdout.strip(), "versions": scores["versions"],
+        "command": command.strip(), "commit": commit(), "versions": scores["versions"],
         "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
         "iou": scores["steps"][-1]["iou"], "seconds": round(time.monotonic() - began)}, indent=1) + "\n"))
     for pattern in ("step-*.pth", "fakes-step-*/*.png"):
@@ -168,20 +176,38 @@ def spread(values):
     return f"{statistics.mean(percent):.1f}" + (f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else "")
 
 
+def verdict(better, worse):
+    """A claim about two rows' scores over the seeds: it holds if their ranges say so without overlap."""
+    if len(better) < 2 or len(worse) < 2:
+        return "undecided (fewer than two seeds)"
+    return "holds" if min(better) > max(worse) else "does not hold" if max(better) < min(worse) else "undecided"
+
+
+def claims(table, cells):
+    """Lines on what a table's cells, {row: its results}, say of the paper's claims; on all classes."""
+    scores = {row: [d["all"] for d in done] for row, done in cells.items() if done}
+    lines = [f"- {text}: **{verdict(scores[a], scores[b])}** ({spread(scores[a])} against {spread(scores[b])})"
+             for text, where, a, b in CLAIMS if where == table and a in scores and b in scores]
+    if all(row in scores for row in (HRHF, BASELINE, REAL)):
+        shares = [(h - b) / (r - b) for h, b, r in zip(scores[HRHF], scores[BASELINE], scores[REAL])]
+        lines.append(f"- replay recovery, (HRHF - Baseline) / (real - Baseline): {spread(shares)} %")
+    return lines + [""] if lines else []
+
+
 def report(results):
     """results/README.md as a string: every table, from the committed results alone."""
     lines = ["# Results of the study", "",
-             "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded: old / new / all, mean ± standard",
-             "deviation over seeds (n). \"Step 0\" is the network that all rows of a column start from, on its own classes. A real image",
-             "of VOC counts in `voc6`, a drawn one in `shapes`. The paper's numbers are for VOC 2012 and another network, so only the",
-             "pattern can be compared.", "", "Schedules:", ""]
+             "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded, mean ± standard deviation over n",
+             "seeds. \"Step 0\" is the network that all rows of a column start from, on its own classes. A claim of the paper \"holds\"",
+             "or \"does not hold\" here if the two rows' seeds do not overlap on all classes. `voc6` is photographs, `shapes` is drawn;",
+             "neither is the paper's VOC 2012 with its network, so only the pattern can be compared.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     for table, runs in study().items():
         lines += ["", f"## {TITLES[table]}", ""]
         columns = list(dict.fromkeys((r.dataset, r.task, r.setting) for r in runs))
         for column in columns:
             here = [r for r in runs if (r.dataset, r.task, r.setting) == column]
-            cells, firsts = {}, []
+            cells = {}
             for run in here:
                 path = results / f"{run.name}.json"
                 cells.setdefault(run.row, [])
@@ -194,8 +220,8 @@ def report(results):
             for row, done in cells.items():
                 numbers = [spread([d[key] for d in done]) for key in ("step 0", "old", "new", "all")] if done else ["not run"] * 4
                 lines.append(f"| {row} | {' | '.join(numbers)} | {len(done)} |")
-            lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+            lines += ["", *claims(table, cells)]
+    return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
 def make_voc6(root, target):

@@ -2212,6 +2212,20 @@ def test_mean_and_spread_are_over_the_seeds_in_percent():
     assert reproduce.spread([0.10, 0.20, 0.60]) == "30.0 ± 26.5" and reproduce.spread([0.123]) == "12.3"
 
 
+def test_a_claim_holds_if_the_seeds_do_not_overlap():
+    assert reproduce.verdict([0.3, 0.4], [0.1, 0.29]) == "holds"
+    assert reproduce.verdict([0.1, 0.2], [0.21, 0.3]) == "does not hold"
+    assert reproduce.verdict([0.1, 0.3], [0.2, 0.25]) == "undecided"
+    assert reproduce.verdict([0.3], [0.1, 0.2]) == "undecided (fewer than two seeds)"
+    rows = {reproduce.HRHF: (0.3, 0.4), reproduce.BASELINE: (0.1, 0.2), reproduce.REAL: (0.5, 0.4), "+ Noise": ()}
+    lines = reproduce.claims("table2", {row: [{"all": v} for v in scores] for row, scores in rows.items()})
+    assert lines == ["- fakes beat no fakes: **holds** (35.0 ± 7.1 against 15.0 ± 7.1)",
+                     "- replay recovery, (HRHF - Baseline) / (real - Baseline): 75.0 ± 35.4 %", ""]
+    for _, table, better, worse in reproduce.CLAIMS:
+        assert {better, worse} <= set(reproduce.ROWS.get(table, reproduce.MAIN))
+
+
+
 def test_voc6_is_made_out_of_voc_2012(tmp_path, monkeypatch):
     voc = tmp_path / "VOCdevkit/VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
