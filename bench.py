@@ -1,7 +1,7 @@
 """
 Speed and memory as ratios of two sides, and a plan for a run at the paper's scale.
 
-    python bench.py > results/bench.md                       # all of it: about 40 minutes on two cores
+    python bench.py > results/bench.md                       # all of it: about half an hour on two cores
     python bench.py losses scale                             # some of it
     python bench.py --plan --task 15-1 --dataset voc --gpus 8
 

@@ -3,7 +3,7 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
 
     python reproduce.py --voc6 data/voc6            # all runs that have no result yet, then results/README.md
     python reproduce.py --only table2 --seed 1      # some of them; another process may do --seed 2 at the same time
-    python reproduce.py --quick                     # every kind of run, cut to seconds, in a temporary folder
+    python reproduce.py --quick                     # two iterations of every kind of run, in a temporary folder
     python reproduce.py --make-voc6 data            # voc6 out of VOC 2012: needs data/VOCdevkit with SegmentationClassAug
 
 A run is a command of train.py. Its result, results/study/<run>.json, is committed, and a run that has one
@@ -102,7 +102,7 @@ def study():
 
 # --------------------------------------------------------------------------------------------- running
 
-def real_replay(train_set, groups, step, model, folder, num_images, *, size, seed=0, rank=0, **_):
+def real_replay(train_set, groups, step, model, folder, num_images, *, size, seed=0, **_):
     """The oracle in synthesize's place: as many real images of old classes, as they were in earlier steps."""
     labels = train_set.labels()
     old = sorted({i for t in range(step) for i in data.split_indices(labels, groups, t, "disjoint")})
@@ -256,7 +256,7 @@ def parse(argv=None):
     parser.add_argument("--voc6", default="data/voc6", help="where voc6 is")
     parser.add_argument("--weights", default="imagenet", help="of MobileNetV2, if there is no download: a file")
     parser.add_argument("--runs", default="runs/study", help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="every kind of run on shapes in seconds; results are thrown away")
+    parser.add_argument("--quick", action="store_true", help="two iterations of every kind of run on shapes; results are thrown away")
     parser.add_argument("--tables", action="store_true", help="run nothing, write results/README.md")
     parser.add_argument("--make-voc6", metavar="DATA_ROOT", help="make --voc6 out of the VOC 2012 there")
     return parser.parse_args(argv)
