@@ -326,9 +326,9 @@ def rank_training(rank, world, folder, ready):
     teacher, student = (DeepLabV3("mobilenet_v2", classes) for classes in ([16], [16, 1]))
     teacher.eval().requires_grad_(False)
     table = data.label_map([[*range(1, 16)], [16]], 1, "train")
-    view = data.View(dataset, range(len(dataset)), table, data.train_transform(128))
-    for iterations in (2, 12):                              # the first to warm up
-        args = train.parse(f"--crop 128 --batch-size 16 --workers 0 --no-amp --max-iters {iterations} --out {folder}".split())
+    view = data.View(dataset, range(len(dataset)), table, data.train_transform(256))
+    for iterations in (1, 6):                               # the first to warm up
+        args = train.parse(f"--crop 256 --batch-size 16 --workers 0 --no-amp --max-iters {iterations} --out {folder}".split())
         seconds = {}
         train.train_step(student, teacher, METHODS["hrhf"].loss, None, view, (16, 0), 1, args, folder,
                          lambda **event: None, seconds, rank, world, torch.device("cpu"))
@@ -352,7 +352,7 @@ def scale():
             return max(queue.get() for _ in range(jobs * world))
     for job, what, target, share in (
             ("synthesis", "SegInversion, mobilenet_v2, 8 batches of 8 x 96 x 96", ">= 1.9", ">= 0.95"),
-            ("training", "training, mobilenet_v2, mini-batch 16 x 128 x 128", ">= 1.7", ">= 0.85")):
+            ("training", "training, mobilenet_v2, mini-batch 16 x 256 x 256", ">= 1.7", ">= 0.85")):
         rounds = [(timed(job, 1, 1), timed(job, 1, 2), timed(job, 2, 1)) for _ in range(REPEATS)]
         one, shared, two = zip(*rounds)
         yield row(f"{what}: two ranks / one", one, shared, target)

@@ -282,7 +282,8 @@ def train_step(student, teacher, method, importance, view, parts, step, args, ru
     if world > 1:
         if device.type == "cuda":                           # SyncBatchNorm has no CPU form
             wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
-        wrapped = nn.parallel.DistributedDataParallel(wrapped, [device] if device.type == "cuda" else None)
+        wrapped = nn.parallel.DistributedDataParallel(      # rank 0's statistics are kept; SyncBatchNorm's are the same
+            wrapped, [device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
     wrapped.train()
     loader = DataLoader(
         view, num_workers=args.workers, pin_memory=device.type == "cuda", batch_sampler=data.train_batches(
