@@ -1,5 +1,5 @@
 """
-The paper's tables at a size that two CPU cores can run: every run, and the tables made of them.
+The paper's tables at a size that two CPU cores can run: every run, and the tables and pictures made of them.
 
     python reproduce.py --voc6 data/voc6            # all runs that have no result yet, then results/README.md
     python reproduce.py --only table2 --seed 1      # some of them; another process may do --seed 2 at the same time
@@ -8,10 +8,15 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
 
 A run is a command of train.py. Its result, results/study/<run>.json, is committed, and a run that has one
 is skipped; an interrupted run goes on where it stopped. Runs of one data set, task and seed share the
-step 0 of their first (--step0), as far as their method allows.
+step 0 of their first (--step0), as far as their method allows, and the fakes made out of it.
+
+What was chosen was chosen on training images: learning rates on voc6-dev, whose test set is every fifth
+training image of voc6 (table "rates"); the weights of SegInversion by a judge, the Joint network of a seed
+that no table has (table "synthesis").
 """
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -21,14 +26,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torchvision.transforms import v2
 
 import data
+import seginversion
 import train
 from baselines import METHODS
 from bench import commit
-from data import write_atomically
+from data import derive_seed, write_atomically
+from eval import colour, judge_fakes, save_grid, test_view
+from model import load_model
+from seginversion import save_fakes, segment, synthesize
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
@@ -39,6 +48,9 @@ SETTINGS = {
     "voc6": "--dataset folder --backbone mobilenet_v2 --crop 96 --batch-size 16 --epochs0 6 --epochs 4 --lr0 0.02 --lr 0.01 "
             "--num-fakes 64 --fake-steps 200 --fake-classes 1 --tv 1.5 --bn 3 --workers 1",
 }
+SETTINGS["voc6-dev"] = SETTINGS["voc6"]
+TASK = {"shapes": "15-1", "voc6": "4-1"}                    # of the searches, the judges and the pictures
+JUDGE = 7                                                   # the seed of a Joint network that judges fakes
 ORACLE = "real"                                             # --fake real: not in train.py, outside the protocol
 
 
@@ -52,8 +64,23 @@ class Run(NamedTuple):
 
     @property
     def name(self):                 # of its flags, not of its row: rows of several tables may be one and the same run
-        flags = self.flags.removeprefix("--method ").replace("--", "").replace(" ", "-").replace(":", "-") or "hrhf"
-        return f"{self.dataset}-{self.task}-{self.setting}-{flags}-{self.seed}"
+        return f"{self.dataset}-{self.task}-{self.setting}-{plain(self.flags.removeprefix('--method ')) or 'hrhf'}-{self.seed}"
+
+    @property
+    def command(self):
+        return f"{SETTINGS[self.dataset]} --task {self.task} --setting {self.setting} --seed {self.seed} {self.flags}".strip()
+
+
+class Place(NamedTuple):
+    roots: dict                     # data set -> its --data-root; "weights" -> MobileNetV2's
+    runs: Path                      # run folders, and what runs share
+    results: Path                   # what is committed
+    extra: tuple = ()               # more flags for train.py
+
+
+def plain(flags):
+    """Flags as a part of a file's name."""
+    return flags.replace("--", "").replace(" ", "-").replace(":", "-")
 
 
 MAIN = {"FT": "--method ft", "LwF": "--method lwf", "MiB": "--method mib", "HRHF": "", "Joint": "--method joint"}
@@ -75,26 +102,35 @@ CLAIMS = [                          # what the paper says, as table, better row,
     ("distillation helps", "table5", "with KD", "without KD"),
     ("1:1 beats 1:2", "table6", "1:1", "1:2"), ("1:1 beats 2:1", "table6", "1:1", "2:1"),
 ]
-TITLES = {"table1": "Methods (paper: Table 1)", "table2": "Fakes (paper: Table 2)", "table3": "Aggregation (paper: Table 3)",
+CURVES = {                          # distillation weights; None is the method's own
+    **{f"MiB, {lam or 10}": "--method mib" + (f" --lam {lam}" if lam else "") for lam in (1, 3, None, 30, 100)},
+    **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}" for lam in (0, 0.3, None, 3, 10)},
+}
+RATES = ("0.003", "0.01", "0.03")
+WEIGHTS = {"voc6": [f"--fake-lr {lr} --tv {tv} --bn {bn}" for lr in (0.25, 0.1) for tv in (0.3, 1, 3) for bn in (3, 10, 30)]}
+TITLES = {"rates": "Learning rates (on a fifth of the training images)",
+          "table1": "Methods (paper: Table 1)", "table2": "Fakes (paper: Table 2)", "table3": "Aggregation (paper: Table 3)",
           "table4": "Scale r (paper: Table 4)", "table5": "Knowledge distillation (paper: Table 5)",
-          "table6": "Real : fake in a mini-batch (paper: Table 6)"}
+          "table6": "Real : fake in a mini-batch (paper: Table 6)",
+          "curves": "Old against new classes over the weight of distillation"}
 
 
 def study():
     """{table: its runs}, the most telling first."""
     def runs(rows, dataset, task, seeds=SEEDS, setting="disjoint"):
         return [Run(dataset, task, setting, row, flags, seed) for seed in seeds for row, flags in rows.items()]
+    first = SEEDS[:1]
     tables = {
-        "table1": runs(MAIN, "shapes", "15-1") + runs(MAIN, "voc6", "4-1") + runs(MAIN, "voc6", "3-1")
-        + runs(MAIN, "shapes", "15-5") + runs(MAIN, "shapes", "19-1")
-        + runs(OTHERS, "shapes", "15-1", SEEDS[:1]) + runs(OTHERS, "voc6", "4-1", SEEDS[:1])
-        + runs(OTHERS, "voc6", "3-1", SEEDS[:1]) + runs(OTHERS, "shapes", "15-5", SEEDS[:1])
-        + runs(OTHERS, "shapes", "19-1", SEEDS[:1])
-        + [run for task in ("5-1", "4-2") for run in runs({**MAIN, **OTHERS}, "voc6", task, SEEDS[:1])]
-        + [run for task in ("4-1", "3-1") for run in runs({**MAIN, **OTHERS}, "voc6", task, SEEDS[:1], "overlapped")],
-        "table2": runs(ROWS["table2"], "shapes", "15-1") + runs(ROWS["table2"], "voc6", "4-1")
-        + runs(ROWS["table2"], "voc6", "3-1"),
+        "rates": runs({f"{row}, {lr}": (MAIN[row] + (f" --lr {lr}" if f"--lr {lr} " not in SETTINGS["voc6"] else "")).strip() for row in ("FT", "LwF", "MiB", "HRHF") for lr in RATES},
+                      "voc6-dev", "4-1", first),
+        "table1": runs(MAIN, "voc6", "4-1") + runs(MAIN, "voc6", "3-1")
+        + [run for task in ("15-1", "15-5", "19-1") for run in runs(MAIN, "shapes", task) + runs(OTHERS, "shapes", task, first)]
+        + runs(OTHERS, "voc6", "4-1", first) + runs(OTHERS, "voc6", "3-1", first)
+        + [run for task in ("5-1", "4-2") for run in runs({**MAIN, **OTHERS}, "voc6", task, first)]
+        + [run for task in ("4-1", "3-1") for run in runs({**MAIN, **OTHERS}, "voc6", task, first, "overlapped")],
+        "table2": runs(ROWS["table2"], "voc6", "4-1") + runs(ROWS["table2"], "voc6", "3-1") + runs(ROWS["table2"], "shapes", "15-1"),
         **{table: runs(ROWS[table], "shapes", "15-1") for table in ("table3", "table4", "table5", "table6")},
+        "curves": runs(CURVES, "voc6", "4-1", first),
     }
     tables["table5"] += runs(ROWS["table5"], "voc6", "3-1")
     return tables
@@ -117,15 +153,29 @@ def real_replay(train_set, groups, step, model, folder, num_images, *, size, see
     return paths
 
 
-def execute(run, roots, folder, step0, extra=()):
-    """Run train.py in `folder`; its results.json as an object."""
-    flags = f"{SETTINGS[run.dataset]} --task {run.task} --setting {run.setting} --seed {run.seed} {run.flags}".split()
-    flags += ["--data-root", str(roots[run.dataset]), "--out", str(folder), *extra]
-    if run.dataset == "voc6":
-        flags += ["--pretrained", str(roots["weights"])]
+def hold_out(voc6, folder):
+    """voc6 without its val: every fifth training image tests, the others train."""
+    voc6, lists = Path(voc6), folder / "ImageSets/Segmentation"
+    lists.mkdir(parents=True, exist_ok=True)
+    for name in ("JPEGImages", "SegmentationClass", "classes.txt"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to((voc6 / name).resolve())
+    lines = (voc6 / "ImageSets/Segmentation/train.txt").read_text().splitlines(keepends=True)
+    for split, part in (("val", lines[::5]), ("train", [line for i, line in enumerate(lines) if i % 5])):
+        write_atomically(lists / f"{split}.txt", lambda p: p.write_text("".join(part)))
+    return folder
+
+
+def execute(run, place, step0):
+    """Run train.py in the run's folder; its results.json as an object."""
+    folder = place.runs / run.name
+    root = hold_out(place.roots["voc6"], place.runs / "voc6-dev") if run.dataset == "voc6-dev" else place.roots[run.dataset]
+    flags = [*run.command.split(), "--data-root", str(root), "--out", str(folder), *place.extra]
+    if run.dataset != "shapes":
+        flags += ["--pretrained", str(place.roots["weights"])]
     if step0:
         flags += ["--step0", str(step0)]
-    synthesize = train.synthesize
+    of_train = train.synthesize
     if ORACLE in flags:
         flags[flags.index(ORACLE)] = "seginversion"
         args = train.parse(flags)
@@ -139,33 +189,176 @@ def execute(run, roots, folder, step0, extra=()):
     try:
         train.main(flags)
     finally:
-        train.synthesize = synthesize
-    return json.loads((Path(folder) / "results.json").read_text())
+        train.synthesize = of_train
+    return json.loads((folder / "results.json").read_text())
 
 
-def perform(run, roots, runs, results, extra=()):
+def network(run, place):
+    """Path of the last checkpoint of a run; the run is done again if that is gone."""
+    folder = place.runs / run.name
+    if not (folder / "results.json").exists() or not list(folder.glob("step-*.pth")):
+        shutil.rmtree(folder, ignore_errors=True)
+        perform(run, place, again=True)
+    return max(folder.glob("step-*.pth"))
+
+
+def judge(dataset, place):
+    """Path of a network that had no part in any synthesis: Joint, of a seed of its own."""
+    return network(Run(dataset, TASK[dataset], "disjoint", "Joint", "--method joint", JUDGE), place)
+
+
+def shared_step0(run, place):
+    return place.runs / f"step0-{run.dataset}-{run.task}-{run.setting}-{run.seed}.pth"
+
+
+def copy_folder(source, target):
+    part = target.with_name(target.name + "-part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    part.rename(target)
+
+
+def perform(run, place, again=False):
     """Do one run, unless it has a result; write its result; keep of its folder what other runs build upon."""
-    result = results / f"{run.name}.json"
-    if result.exists():
+    result = place.results / f"{run.name}.json"
+    if result.exists() and not again:
         return
-    shared = runs / f"step0-{run.dataset}-{run.task}-{run.setting}-{run.seed}.pth"
-    method = METHODS[train.parse(run.flags.replace(ORACLE, "none").split()).method]
-    shares = not (method.offline or method.importance) and "lwf-mc" not in run.flags         # those have a step 0 of their own
+    args = train.parse(run.command.replace(ORACLE, "none").split())
+    method, folder = METHODS[args.method], place.runs / run.name
+    shared = shared_step0(run, place)
+    shares = not (method.offline or method.importance or args.method == "lwf-mc")     # those have a step 0 of their own
+    fakes = args.fake == "seginversion" and ORACLE not in run.flags
+    first_fakes = place.runs / f"{shared.stem}-fakes-{plain(f'{args.r} {args.fake_lr} {args.tv} {args.bn} {args.spectrum}')}"
     print(f"reproduce.py: {run.name}", flush=True)
-    folder, began = runs / run.name, time.monotonic()
-    scores = execute(run, roots, folder, shared if shares and shared.exists() else None, extra)
+    if fakes and first_fakes.exists() and not (folder / "fakes-step-1").exists():
+        copy_folder(first_fakes, folder / "fakes-step-1")
+    began = time.monotonic()
+    scores = execute(run, place, shared if shares and shared.exists() else None)
+    seconds = round(time.monotonic() - began)
     if shares and not shared.exists():
         write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
+    if fakes and not first_fakes.exists():
+        copy_folder(folder / "fakes-step-1", first_fakes)
     final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
-    command = f"train.py {SETTINGS[run.dataset]} --task {run.task} --setting {run.setting} --seed {run.seed} {run.flags}"
-    results.mkdir(parents=True, exist_ok=True)
-    write_atomically(result, lambda p: p.write_text(json.dumps({
-        "command": command.strip(), "commit": commit(), "versions": scores["versions"],
-        "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
-        "iou": scores["steps"][-1]["iou"], "seconds": round(time.monotonic() - began)}, indent=1) + "\n"))
-    for pattern in ("step-*.pth", "fakes-step-*/*.png"):
-        for path in folder.glob(pattern):
-            path.unlink()
+    record = {"command": f"train.py {run.command}", "commit": commit(), "versions": scores["versions"],
+              "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
+              "iou": scores["steps"][-1]["iou"], "seconds": seconds}
+    if fakes and not run.flags and not place.extra and run.dataset in TASK:
+        record["fakes"] = {t: judged(folder / f"fakes-step-{t}", folder / f"step-{t - 1}.pth", run.dataset, place)
+                           for t in range(1, len(scores["steps"]))}
+    place.results.mkdir(parents=True, exist_ok=True)
+    write_atomically(result, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+    kept = run.seed == JUDGE or run in figure4_runs().values()
+    for path in [*sorted(folder.glob("step-*.pth"))[:-1 if kept else None], *folder.glob("fakes-step-*/*.png")]:
+        path.unlink()
+
+
+def judged(folder, teacher, dataset, place):
+    """judge_fakes of eval.py, for the fakes in a folder."""
+    networks = [(model.eval(), about["classes"]) for path in (teacher, judge(dataset, place)) for model, about in [load_model(path)]]
+    train_set = data.load("shapes" if dataset == "shapes" else "folder", place.roots[dataset], "train")
+    return judge_fakes(folder, networks[0], train_set, networks[1])
+
+
+def step0(dataset, place):
+    """Path of the step 0 that the first seed's runs of a data set's first task share."""
+    fine_tuning = Run(dataset, TASK[dataset], "disjoint", "FT", MAIN["FT"], SEEDS[0])
+    if not shared_step0(fine_tuning, place).exists():
+        perform(fine_tuning, place, again=True)
+    return shared_step0(fine_tuning, place)
+
+
+def try_weights(dataset, flags, place):
+    """16 fakes of a step 0 with these flags of SegInversion, judged; on training images alone."""
+    result = place.results / f"weights-{dataset}-{plain(flags)}.json"
+    if result.exists():
+        return
+    print(f"reproduce.py: {result.stem}", flush=True)
+    teacher, folder = step0(dataset, place), place.runs / result.stem
+    args = train.parse(f"{SETTINGS[dataset]} --task {TASK[dataset]} {flags}".split())
+    model, _ = load_model(teacher)
+    paths = synthesize(model, folder, 16, size=args.crop, batch_size=args.fake_batch, r=args.r, most=args.fake_classes,
+                       seed=derive_seed(SEEDS[0], 1, 2), steps=args.fake_steps, lr=args.fake_lr, tv=args.tv, bn=args.bn, spectrum=args.spectrum)
+    save_fakes(model, paths, place.runs / f"{result.stem}.png")
+    scores = judged(folder, teacher, dataset, place)
+    write_atomically(result, lambda p: p.write_text(json.dumps(
+        {"dataset": dataset, "flags": flags, "commit": commit(), "fakes": scores}, indent=1) + "\n"))
+
+
+def figure4_runs():
+    return {row: Run("voc6", TASK["voc6"], "disjoint", row, MAIN[row], SEEDS[0]) for row in ("FT", "MiB", "HRHF")}
+
+
+# ------------------------------------------------------------------------------------------ the pictures
+
+def draw_curves(points):
+    """An SVG: old (across) against new mIoU in percent; points {method: [(name, old, new, is the method's own)]}."""
+    side, edge, top = 420, 50, 10 * math.ceil(max(max(old, new) for ps in points.values() for _, old, new, _ in ps) / 10)
+    x, y = (lambda v: edge + side * v / top), (lambda v: edge / 2 + side * (1 - v / top))
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{side + 2 * edge}" height="{side + 2 * edge}" '
+             'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
+    for v in range(0, top + 1, 10):
+        lines += [f'<path d="M{x(v):.1f} {y(0):.1f}V{y(top):.1f}M{x(0):.1f} {y(v):.1f}H{x(top):.1f}" stroke="#ddd"/>',
+                  f'<text x="{x(v):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{v}</text>',
+                  f'<text x="{x(0) - 6:.1f}" y="{y(v) + 4:.1f}" text-anchor="end">{v}</text>']
+    lines += [f'<text x="{x(top / 2):.1f}" y="{y(0) + 34:.1f}" text-anchor="middle">mIoU of old classes (%)</text>',
+              f'<text transform="translate({x(0) - 32:.1f} {y(top / 2):.1f}) rotate(-90)" text-anchor="middle">mIoU of new classes (%)</text>']
+    for i, ((method, places), colour) in enumerate(zip(points.items(), ("#1f77b4", "#d62728"))):
+        path = "L".join(f"{x(old):.1f} {y(new):.1f}" for _, old, new, _ in places)
+        lines += [f'<path d="M{path}" stroke="{colour}" fill="none" stroke-width="2"/>',
+                  f'<text x="{x(top) - 6:.1f}" y="{y(top) + 16 + 16 * i:.1f}" fill="{colour}" text-anchor="end">{method}</text>']
+        for name, old, new, own in places:
+            lines += [f'<circle cx="{x(old):.1f}" cy="{y(new):.1f}" r="{7 if own else 4}" fill="{colour}"/>',
+                      f'<text x="{x(old) + 8:.1f}" y="{y(new) - 6:.1f}" fill="{colour}">{name}</text>']
+    return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def curves(results):
+    """draw_curves' points out of the results there are: mean old and new mIoU over the seeds, a point per weight."""
+    points = {}
+    for row, done in cells_of(study()["curves"], results).items():
+        method, name = row.split(", ")
+        if done:
+            old, new = (100 * statistics.mean(d[key] for d in done) for key in ("old", "new"))
+            points.setdefault(method, []).append((name, old, new, CURVES[row] == MAIN[method]))
+    return points
+
+
+def figure3(place):
+    """Same noise, three scales: 64 images of each, out of voc6's step 0; the shares of pixels to figure3.json."""
+    record = place.results / "figure3.json"
+    if record.exists():
+        return
+    flags = f"--classes cat --r 0.5,5,10 --images 64 --out {place.results.parent / 'figure3.png'}"
+    shares = seginversion.main([*flags.split(), "--checkpoint", str(step0("voc6", place))])
+    write_atomically(record, lambda p: p.write_text(json.dumps({"commit": commit(), "share": shares}, indent=1) + "\n"))
+
+
+def figure4(place, count=6):
+    """Image, FT, MiB, HRHF, truth: test images spread over voc6's val, by the last networks of the first seed's runs."""
+    picture = place.results.parent / "figure4.png"
+    if picture.exists():
+        return
+    models = {row: load_model(network(run, place)) for row, run in figure4_runs().items()}
+    names = models["HRHF"][1]["classes"]
+    test_set = data.load("folder", place.roots["voc6"], "val")
+    steps = data.task_steps(TASK["voc6"], len(names) - 1)
+    view = test_view(test_set, test_set.labels(), steps, len(steps) - 1, models["HRHF"][1]["crop"], "folder")
+    panels, shown = [], []
+    for position in np.linspace(0, len(view.indices) - 1, count).astype(int).tolist():
+        image, target = view[position, 0]
+        x = image[None]
+        panels += [data.denormalise(image), *(segment(model, x)[0] for model, _ in models.values()), colour(target)]
+        shown.append(", ".join(names[c] for c in target.unique().tolist() if 0 < c < 255))
+    save_grid(panels, 2 + len(models), picture)
+    grid, margin = Image.open(picture), 90
+    whole = Image.new("RGB", (grid.width + margin, grid.height + 14), "white")
+    whole.paste(grid, (margin, 14))
+    for i, text in enumerate(("image", *models, "truth")):
+        ImageDraw.Draw(whole).text((margin + 4 + i * grid.width // (2 + len(models)), 1), text, "black")
+    for i, text in enumerate(shown):
+        ImageDraw.Draw(whole).multiline_text((4, 18 + i * grid.height // count), text.replace(", ", "\n"), "black")
+    write_atomically(picture, lambda p: whole.save(p, "PNG"))
 
 
 # -------------------------------------------------------------------------------------------- the tables
@@ -194,25 +387,45 @@ def claims(table, cells):
     return lines + [""] if lines else []
 
 
+def cells_of(runs, results):
+    """{row: the results of its runs that there are}."""
+    cells = {run.row: [] for run in runs}
+    for run in runs:
+        path = results / f"{run.name}.json"
+        if path.exists():
+            cells[run.row].append(json.loads(path.read_text()))
+    return cells
+
+
+def judged_row(name, fakes):
+    """A line of a table out of judge_fakes' results, {class: its numbers} each: means over classes, then spread."""
+    mean = lambda scores, key: statistics.mean(s[key] for s in scores.values())
+    return f"| {name} | " + " | ".join(spread([mean(scores, key) for scores in fakes]) for key in JUDGED) + f" | {len(fakes)} |"
+
+
+JUDGED = ("found", "sure", "size", "real size", "judge found", "judge IoU")
+JUDGED_HEAD = f" | {' | '.join(JUDGED)} | n |\n|{'---|' * (len(JUDGED) + 2)}"
+
+
 def report(results):
     """results/README.md as a string: every table, from the committed results alone."""
     lines = ["# Results of the study", "",
              "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded, mean ± standard deviation over n",
              "seeds. \"Step 0\" is the network that all rows of a column start from, on its own classes. A claim of the paper \"holds\"",
              "or \"does not hold\" here if the two rows' seeds do not overlap on all classes. `voc6` is photographs, `shapes` is drawn;",
-             "neither is the paper's VOC 2012 with its network, so only the pattern can be compared.", "", "Schedules:", ""]
+             "neither is the paper's VOC 2012 with its network, so only the pattern can be compared. `voc6-dev` is the training images",
+             "of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
+    lines += ["", "## Weights of SegInversion (on training images)", ""]
+    lines += ["16 fakes of step 0 each, in percent, the most convincing first.", MEANING, ""]
+    for dataset in WEIGHTS:
+        tried = [json.loads(path.read_text()) for path in sorted(results.glob(f"weights-{dataset}-*.json"))]
+        ranked = sorted(tried, key=lambda t: -statistics.mean(s["judge IoU"] for s in t["fakes"].values()))
+        lines += [f"| {dataset} {TASK[dataset]}{JUDGED_HEAD}", *(judged_row(f"`{t['flags']}`", [t["fakes"]]) for t in ranked), ""]
     for table, runs in study().items():
-        lines += ["", f"## {TITLES[table]}", ""]
-        columns = list(dict.fromkeys((r.dataset, r.task, r.setting) for r in runs))
-        for column in columns:
-            here = [r for r in runs if (r.dataset, r.task, r.setting) == column]
-            cells = {}
-            for run in here:
-                path = results / f"{run.name}.json"
-                cells.setdefault(run.row, [])
-                if path.exists():
-                    cells[run.row].append(json.loads(path.read_text()))
+        lines += [f"## {TITLES[table]}", ""]
+        for column in dict.fromkeys((r.dataset, r.task, r.setting) for r in runs):
+            cells = cells_of([r for r in runs if (r.dataset, r.task, r.setting) == column], results)
             if not any(cells.values()):
                 lines += [f"{' '.join(column)}: not run.", ""]
                 continue
@@ -221,7 +434,34 @@ def report(results):
                 numbers = [spread([d[key] for d in done]) for key in ("step 0", "old", "new", "all")] if done else ["not run"] * 4
                 lines.append(f"| {row} | {' | '.join(numbers)} | {len(done)} |")
             lines += ["", *claims(table, cells)]
-    return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
+    if curves(results):
+        lines += ["![old against new mIoU](curves.svg)", "", "The large points are the methods' own weights. MiB's distillation is a mean over the "
+                  "old classes, HRHF's a sum.", ""]
+    fakes = {}
+    for run in dict.fromkeys(run._replace(row="HRHF") for runs in study().values() for run in runs if not run.flags):
+        for done in cells_of([run], results)["HRHF"]:
+            for step, scores in done.get("fakes", {}).items():
+                fakes.setdefault(f"{run.dataset} {run.task} {run.setting}, step {step}", []).append(scores)
+    if fakes:
+        lines += ["## How good the fakes are", "", MEANING, "", "| HRHF's fakes of" + JUDGED_HEAD]
+        lines += [judged_row(name, scores) for name, scores in fakes.items()] + [""]
+    lines += ["## The same noise at three scales (paper: Figure 3)", ""]
+    if (results / "figure3.json").exists():
+        shares = json.loads((results / "figure3.json").read_text())["share"]
+        lines += ["Share of pixels that the inverted network gives to the class asked for, over 64 images; four are drawn.", "",
+                  "| r | " + " | ".join(shares) + " |", "|---|" + "---|" * len(shares)]
+        lines += [f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |"
+                  for name in next(iter(shares.values())) if name != "background"]
+        lines += ["", "![Figure 3](figure3.png)", ""]
+    else:
+        lines += ["Not run.", ""]
+    lines += ["## Predictions (paper: Figure 4)", "", *(["![Figure 4](figure4.png)"] if (results.parent / "figure4.png").exists() else ["Not run."])]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+MEANING = """Means over the old classes. found: share of the images asked to show a class in which the inverted network gives it more than
+1 % of the pixels; sure: its mean probability there; size: share of the pixels it gets, beside that in real images; judge found and
+judge IoU: the same share, and agreement with the inverted network's map, by a Joint network of another seed."""
 
 
 def make_voc6(root, target):
@@ -250,7 +490,7 @@ def make_voc6(root, target):
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(TITLES), help="one table")
+    parser.add_argument("--only", choices=["weights", *TITLES, "figure3", "figure4"], help="one table or picture")
     parser.add_argument("--dataset", choices=list(SETTINGS), help="one data set")
     parser.add_argument("--seed", type=int, choices=SEEDS, help="one seed")
     parser.add_argument("--voc6", default="data/voc6", help="where voc6 is")
@@ -267,20 +507,31 @@ def main(argv=None):
     if args.make_voc6:
         return make_voc6(args.make_voc6, args.voc6)
     results = HERE / "results" / "study"
-    roots = {"shapes": "data", "voc6": args.voc6, "weights": args.weights}
+    place = Place({"shapes": "data", "voc6": args.voc6, "weights": args.weights}, Path(args.runs), results)
     runs = [run for table, runs in study().items() for run in runs if args.only in (None, table)
             and args.dataset in (None, run.dataset) and args.seed in (None, run.seed)]
     if args.quick:
         with tempfile.TemporaryDirectory() as folder:
             kinds = {run.flags: run for run in runs if run.dataset == "shapes"}
+            place = place._replace(runs=Path(folder) / "runs", results=Path(folder), extra=("--max-iters", "2", "--num-fakes", "16"))
             for run in kinds.values():
-                perform(run, roots, Path(folder) / "runs", Path(folder), ["--max-iters", "2", "--num-fakes", "16"])
+                perform(run, place)
             print(f"reproduce.py: all {len(kinds)} kinds of runs work")
         return
     if not args.tables:
-        Path(args.runs).mkdir(parents=True, exist_ok=True)
+        place.runs.mkdir(parents=True, exist_ok=True)
+        if args.only in (None, "weights"):
+            for dataset in WEIGHTS:
+                for flags in WEIGHTS[dataset]:
+                    try_weights(dataset, flags, place)
         for run in runs:
-            perform(run, roots, Path(args.runs), results)
+            perform(run, place)
+        if args.only in (None, "figure3"):
+            figure3(place)
+        if args.only in (None, "figure4"):
+            figure4(place)
+    if points := curves(results):
+        write_atomically(results.parent / "curves.svg", lambda p: p.write_text(draw_curves(points)))
     write_atomically(HERE / "results" / "README.md", lambda p: p.write_text(report(results)))
 
 

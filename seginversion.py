@@ -40,16 +40,30 @@ R_CHOICES = (0.5, 1, 5, 10, 20)                             # Sec. 4.4, "random"
 def total_variation(x):
     """Roughness of images (B, 3, H, W): root mean square of the differences between neighbours.
 
-    Summed over four directions (down, right, both diagonals), mean over images. Returns a scalar.
+    Over the whole batch, as published: a mean of one root per image would let a few images be all noise.
+    Summed over four directions (down, right, both diagonals). Returns a scalar.
     """
     pairs = [(x[:, :, 1:], x[:, :, :-1]), (x[..., 1:], x[..., :-1]),
              (x[:, :, 1:, 1:], x[:, :, :-1, :-1]), (x[:, :, 1:, :-1], x[:, :, :-1, 1:])]
-    return sum(rms(a - b) for a, b in pairs)
+    return sum(torch.linalg.vector_norm(a - b) / math.sqrt(a.numel()) for a, b in pairs)
 
 
 def rms(x):
     """Root mean square of each image of (B, 3, H, W), mean over the batch. Gradient 0 at x = 0."""
     return (torch.linalg.vector_norm(x, dim=(1, 2, 3)) / math.sqrt(x[0].numel())).mean()
+
+
+def coloured(x, spectrum):
+    """Images (..., H, W) with the amplitude of every frequency f divided by f ** spectrum; 0 leaves them as they are.
+
+    f in cycles per pixel; the constant part counts as the lowest other frequency, 1 / max(H, W). Photographs
+    have a spectrum near 1.
+    """
+    if not spectrum:
+        return x
+    H, W = x.shape[-2:]
+    f = torch.hypot(torch.fft.fftfreq(H, device=x.device)[:, None], torch.fft.rfftfreq(W, device=x.device))
+    return torch.fft.irfft2(torch.fft.rfft2(x) / f.clamp(min=1 / max(H, W)) ** spectrum, s=(H, W))
 
 
 class MeasureAndNormalise(torch.autograd.Function):
@@ -154,7 +168,7 @@ def classification_loss(scores, targets):
     return -(targets * F.log_softmax(scores, dim=1)).sum(dim=1)
 
 
-def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2=0.0089, bn=1.16,
+def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2=0.0089, bn=1.16, spectrum=1.0,
            jitter=30 / 512, compile=False, on_step=None):
     """Optimise noise into images that the network takes for the asked classes (Eq. 2).
 
@@ -167,6 +181,9 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
              cosine to 0; the noise, shifts and flips come from `seed` alone (the global random state
              is not touched)
     tv, l2, bn: weights of the terms of R(x). jitter: largest random shift, as a share of the size.
+    spectrum: of the noise (standard deviation 1), and the gradient is coloured alike before Adam sees it: ours.
+             Adam gives every pixel a step of one size, so that noise grows as fast as objects do; this lets the
+             large shapes come first. 0 is white noise and the plain gradient.
     compile: torch.compile the network, a minute or two at first. The same images but for rounding.
     on_step: called as on_step(i, terms) after step i with the named, detached loss terms
     Returns (B, 3, H, W) in the network's normalised space, clamped to the range of real images (for
@@ -180,7 +197,8 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
         raise ValueError(f"targets must be (B, C) with at least one class per image, got {tuple(targets.shape)}")
     targets = (targets / targets.sum(1, keepdim=True)).to(device)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(len(targets), 3, H, W, generator=generator).to(device).requires_grad_()
+    x = coloured(torch.randn(len(targets), 3, H, W, generator=generator), spectrum)
+    x = (x / x.std() if spectrum else x).to(device).requires_grad_()
     low, high = (torch.tensor([(v - m) / s for m, s in zip(data.MEAN, data.STD)], device=device).view(3, 1, 1)
                  for v in (0, 1))
     optimizer = torch.optim.Adam([x], lr=lr, betas=(0.5, 0.9))
@@ -203,6 +221,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
                      "l2": l2 * rms(view), "bn": bn * matching.loss()}
             optimizer.zero_grad()
             sum(terms.values()).backward()
+            x.grad = coloured(x.grad, spectrum)
             optimizer.step()
             schedule.step()
             with torch.no_grad():
@@ -257,7 +276,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     most:    most foreground classes in one image
     compile: as for invert(); a folder begun without may go on with it
     report:  called as report(dict) with the progress of this rank
-    options: steps, lr, tv, l2, bn of invert()
+    options: steps, lr, tv, l2, bn, spectrum of invert()
     Returns the paths of the images, in order, on every rank.
     """
     folder = Path(folder)
@@ -396,7 +415,7 @@ def main(argv=None):
     if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: name a picture in a folder that is there")
     options = {**about["inversion"], **({"steps": args.steps} if args.steps else {})}
-    columns, texts = [], args.r.split(",")
+    columns, texts, shares = [], args.r.split(","), {}
     for text in texts:
         r = parse_r(text)
         if r is None:
@@ -404,7 +423,8 @@ def main(argv=None):
         x = invert(model, targets, r, size=args.size or about["crop"], seed=args.seed, **options)
         with frozen(model), torch.inference_mode():
             share = F.one_hot(model(x).argmax(1), len(names)).float().mean((0, 1, 2))
-        print(f"r = {text}: share of pixels", {names[c]: round(share[c].item(), 3) for c in wanted})
+        shares[text] = {names[c]: round(share[c].item(), 3) for c in wanted}
+        print(f"r = {text}: share of pixels", shares[text])
         columns.append([p for pair in zip(data.denormalise(x[:4]).cpu(), segment(model, x[:4])) for p in pair])
     save_grid([picture for row in zip(*columns) for picture in row], len(columns), args.out)
     grid = Image.open(args.out)
@@ -414,6 +434,7 @@ def main(argv=None):
         ImageDraw.Draw(picture).text((4 + i * grid.width // len(texts), 1), f"r = {text}", "black")
     write_atomically(args.out, lambda p: picture.save(p, "PNG"))
     print(f"wrote {args.out}")
+    return shares
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -958,11 +959,10 @@ def test_the_test_images_of_a_step_show_a_class_learned_so_far():
 def test_total_variation_is_the_rms_difference_in_four_directions_value_and_gradient():
     x = logits(2, 3, 5, 4)
     naive = 0
-    for image in x:
-        for dy, dx in ((1, 0), (0, 1), (1, 1), (1, -1)):
-            differences = [(image[:, i + dy, j + dx] - image[:, i, j]).square() for i in range(5) for j in range(4)
-                           if 0 <= i + dy < 5 and 0 <= j + dx < 4]
-            naive = naive + torch.stack(differences).mean().sqrt() / 2
+    for dy, dx in ((1, 0), (0, 1), (1, 1), (1, -1)):        # one root over the batch of two
+        differences = [(image[:, i + dy, j + dx] - image[:, i, j]).square() for image in x for i in range(5) for j in range(4)
+                       if 0 <= i + dy < 5 and 0 <= j + dx < 4]
+        naive = naive + torch.stack(differences).mean().sqrt()
     tv = seginversion.total_variation(x)
     torch.testing.assert_close(tv, naive)
     mine, = torch.autograd.grad(tv, x, retain_graph=True)
@@ -1132,7 +1132,7 @@ def test_invert_uses_adam_with_warm_up_and_cosine_and_shows_the_network_shifted_
             rates.append(self.param_groups[0]["lr"])        # and no step: the views show the noise alone
     monkeypatch.setattr(torch.optim, "Adam", Adam)
     net.register_forward_pre_hook(lambda _, inputs: views.append(inputs[0].detach().clone()))
-    seginversion.invert(net, one_hot(1), 1.0, size=64, steps=40)
+    seginversion.invert(net, one_hot(1), 1.0, size=64, steps=40, spectrum=0)
     assert made == [{"lr": 0.25, "betas": (0.5, 0.9)}]
     assert rates[:5] == pytest.approx([0.25 / 4, 0.5 / 4, 0.75 / 4, 0.25, 0.25])
     assert rates[22] == pytest.approx(0.125) and rates[-1] < 0.002 and rates[4:] == sorted(rates[4:], reverse=True)
@@ -1146,6 +1146,33 @@ def test_invert_uses_adam_with_warm_up_and_cosine_and_shows_the_network_shifted_
                   if torch.allclose(seen[flip], clamped.roll((dy, dx), (2, 3)), atol=1e-5)}
     assert len(found) > 20 and {flip for flip, _, _ in found} == {0, 1}
     assert {abs(d) for _, *shift in found for d in shift} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("spectrum", [0, 0.5, 1, 2])
+def test_a_coloured_image_has_every_frequency_divided_by_a_power_of_it(spectrum):
+    x = torch.randn(2, 3, 6, 9)
+    amplitudes = np.fft.fft2(x.double().numpy())
+    for i in range(6):
+        for j in range(9):
+            f = math.sqrt(min(i, 6 - i) ** 2 / 36 + min(j, 9 - j) ** 2 / 81)       # cycles per pixel
+            amplitudes[:, :, i, j] /= max(f, 1 / 9) ** spectrum
+    torch.testing.assert_close(seginversion.coloured(x, spectrum), torch.from_numpy(np.fft.ifft2(amplitudes).real).float())
+
+
+def test_inversion_starts_from_coloured_noise_and_adam_sees_the_coloured_gradient(monkeypatch):
+    seen, calls, real, net = [], [], seginversion.coloured, tiny((4,))
+    class Adam(torch.optim.Adam):
+        def step(self):
+            seen.append((self.param_groups[0]["params"][0].detach().clone(), self.param_groups[0]["params"][0].grad.clone()))
+            super().step()
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(seginversion, "coloured", lambda x, spectrum: (calls.append((x.clone(), spectrum)), real(x, spectrum))[1])
+    seginversion.invert(net, one_hot(1), 1.0, size=32, steps=3)
+    assert len(calls) == 4 and {spectrum for _, spectrum in calls} == {1.0}
+    noise = real(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), 1.0)
+    torch.testing.assert_close(seen[0][0], noise / noise.std())
+    for (gradient, _), (_, given) in zip(calls[1:], seen):
+        torch.testing.assert_close(given, real(gradient, 1.0))
 
 
 def test_the_default_weights_are_deepinversions_at_the_papers_size():
@@ -1261,6 +1288,14 @@ def finished(tmp_path_factory):
 def same_weights(a, b):
     x, y = (torch.load(p, weights_only=True)["model"] for p in (a, b))
     return all(torch.equal(x[k], y[k]) for k in x) and x.keys() == y.keys()
+
+
+def test_keep_fakes_trains_on_the_pools_of_earlier_steps_as_well(finished, tmp_path, monkeypatch):
+    pools, real = [], data.View
+    monkeypatch.setattr(data, "View", lambda *a: (pools.append([str(p.relative_to(tmp_path)) for p in a[4]] if len(a) > 4 else None), real(*a))[1])
+    train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
+    names = [[f"fakes-step-{t}/{i:05d}.png" for i in range(8)] for t in (1, 2)]
+    assert [pool for pool in pools if pool is not None] == [[], names[0], names[0] + names[1]]
 
 
 def test_a_run_leaves_everything_it_promises(finished):
@@ -1459,7 +1494,7 @@ def test_every_ablation_flag_runs_and_changes_the_outcome(finished, tmp_path, fl
 
 def test_noise_fakes_are_where_the_inversion_starts(tmp_path):
     net = tiny((4,))
-    path, = seginversion.synthesize(net, tmp_path, 1, size=32, steps=0, seed=7)
+    path, = seginversion.synthesize(net, tmp_path, 1, size=32, steps=0, spectrum=0, seed=7)
     seed = json.loads((tmp_path / "manifest.jsonl").read_text())["seed"]
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(data.denormalise(noise)[0], torch.from_numpy(np.array(Image.open(path))).movedim(-1, 0))
@@ -1497,7 +1532,7 @@ def test_the_recipe_is_mibs_and_every_step_has_the_right_teacher_seeds_and_numbe
             assert all(torch.equal(saved[name], value) for name, value in teacher.items())
     assert any((labels == 255).any() for _, labels, _, _ in methods)               # --void ignore
     assert [number for number, _ in pools] == [8, 8]        # 5, rounded up to whole batches of 4
-    assert all(options["steps"] == 0 for _, options in pools) and pools[0][1]["seed"] != pools[1][1]["seed"]
+    assert all(options["steps"] == options["spectrum"] == 0 for _, options in pools) and pools[0][1]["seed"] != pools[1][1]["seed"]
     assert [a[:4] for a in loaders] == [(8, 0, 4, 0), (8, 8, 2, 2), (8, 8, 2, 2)] and len({a[5] for a in loaders}) == 3
 
 
@@ -2172,10 +2207,9 @@ def test_the_study_names_every_different_run_once_and_all_its_flags_parse():
     by_name = {}
     for run in runs:
         assert by_name.setdefault(run.name, run)._replace(row="") == run._replace(row="")
-        flags = f"{reproduce.SETTINGS[run.dataset]} --task {run.task} --setting {run.setting} --seed {run.seed} {run.flags}"
-        args = train.parse(flags.replace(f"--fake {reproduce.ORACLE}", "--fake none").split())
+        args = train.parse(run.command.replace(f"--fake {reproduce.ORACLE}", "--fake none").split())
         train.batch_parts(args, 1)
-    assert len({run.flags for run in runs}) >= 20 and {run.dataset for run in runs} == {"shapes", "voc6"}
+    assert len({run.flags for run in runs}) >= 20 and {run.dataset for run in runs} == {"shapes", "voc6", "voc6-dev"}
 
 
 def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finished, tmp_path, monkeypatch):
@@ -2185,7 +2219,7 @@ def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finishe
     runs = [reproduce.Run("shapes", "1-1", "disjoint", row, flags, 3) for row, flags in (
         ("Baseline", "--fake none"), ("real", f"--fake {reproduce.ORACLE}"), ("joint", "--method joint"), ("Baseline", "--fake none"))]
     for run in runs:
-        reproduce.perform(run, roots, tmp_path / "runs", tmp_path / "results")
+        reproduce.perform(run, reproduce.Place(roots, tmp_path / "runs", tmp_path / "results"))
     assert len(calls) == 3 and ["--step0" in flags for flags in calls] == [False, True, False]
     results = [json.loads((tmp_path / f"results/{run.name}.json").read_text()) for run in runs]
     assert results[0]["step 0"] == results[1]["step 0"] and "--fake real" in results[1]["command"]
@@ -2206,6 +2240,26 @@ def test_the_oracle_replays_real_images_of_the_steps_before_and_no_others(finish
 
 def test_the_tables_of_the_study_are_made_of_its_committed_results():
     assert (HERE / "results/README.md").read_text() == reproduce.report(HERE / "results/study")
+
+
+def test_the_curves_are_drawn_where_the_results_are(tmp_path):
+    runs = {run.row: run for run in reproduce.study()["curves"]}
+    assert len(runs) == 10 and runs["MiB, 10"].flags == reproduce.MAIN["MiB"] and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
+    for row, old, new in (("MiB, 10", 0.2, 0.1), ("MiB, 30", 0.3, 0.05), ("HRHF, 0", 0.1, 0.4)):
+        (tmp_path / f"{runs[row].name}.json").write_text(json.dumps({"old": old, "new": new}))
+    points = reproduce.curves(tmp_path)
+    assert points == {"MiB": [("10", 20, 10, True), ("30", 30, 5, False)], "HRHF": [("0", 10, 40, False)]}
+    drawn = ElementTree.fromstring(reproduce.draw_curves(points))
+    circles = [tuple(float(c.get(key)) for key in ("cx", "cy", "r")) for c in drawn.iter("{http://www.w3.org/2000/svg}circle")]
+    assert circles == [(260, 340, 7), (365, 392.5, 4), (155, 25, 4)]       # 420 units are 40 %, from (50, 445) on
+
+
+def test_the_learning_rates_are_tried_on_training_images_alone(finished, tmp_path):
+    root = reproduce.hold_out(finished / "data", tmp_path / "dev")
+    assert reproduce.hold_out(finished / "data", root) == root
+    all_names = [path.stem for path in data.load("folder", finished / "data", "train").images]
+    parts = {split: [path.stem for path in data.load("folder", root, split).images] for split in ("train", "val")}
+    assert parts["val"] == all_names[::5] and sorted(parts["train"] + parts["val"]) == sorted(all_names)
 
 
 def test_mean_and_spread_are_over_the_seeds_in_percent():

@@ -84,12 +84,15 @@ def parse(argv=None):
     a("--r", default="random", help="scale of Eq. 1: a number, avg or max (Tables 3 and 4)")
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
     a("--num-fakes", type=int, help="per step, if not as many as it has real images (at most 1024)")
+    a("--keep-fakes", action="store_true", help="ours, not the paper's: train on the fakes of earlier steps as well")
     a("--fake-batch", type=int, default=16, help="images inverted together; lower it if memory is short")
     a("--fake-classes", type=int, default=3, help="most foreground classes in one fake (paper's Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes are noisy")
     a("--bn", type=float, default=1.16, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
+    a("--spectrum", type=float, default=1.0, help="ours: 1 / f^SPECTRUM noise and gradients in SegInversion; 0: plain Adam from "
+      "white noise")
     a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
     a("--compile", action="store_true", help="torch.compile for SegInversion: costs a minute or two at first")
     a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
@@ -102,7 +105,7 @@ def parse(argv=None):
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
     for least, names in ((1, "batch_size epochs epochs0 fake_batch fake_classes fake_steps num_fakes max_iters"),
-                         (16, "crop"), (0, "lam tv bn workers seed"), (1e-12, "lr lr0 fake_lr")):
+                         (16, "crop"), (0, "lam tv bn spectrum workers seed"), (1e-12, "lr lr0 fake_lr")):
         for name in names.split():
             value = getattr(args, name)
             if value is not None and not least <= value < math.inf:
@@ -360,7 +363,7 @@ def main(argv=None):
     log = Log(run / "log.jsonl", rank)
     log(command=" ".join(sys.argv), processes=world, device=str(device), torch=torch.__version__)
     inversion = {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
-                 "tv": args.tv, "bn": args.bn}
+                 "tv": args.tv, "bn": args.bn, "spectrum": args.spectrum}
     method = partial(METHODS[args.method].loss, lam=args.lam)
 
     for step in range(len(steps)):
@@ -396,13 +399,15 @@ def main(argv=None):
                             teacher, run / f"fakes-step-{step}", number_of_fakes, size=args.crop, batch_size=args.fake_batch,
                             r=args.r, most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
                             compile=args.compile, report=lambda event: log(step=step, phase="seginversion", **event),
-                            **{**inversion, **({"steps": 0} if args.fake == "noise" else {})})
+                            **{**inversion, **({"steps": 0, "spectrum": 0.0} if args.fake == "noise" else {})})
                     except torch._dynamo.exc.TorchDynamoException as error:
                         raise InputError(f"--compile: torch.compile failed ({' '.join(str(error).split())[:200]}); "
                                          "go on without it") from None
                     if rank == 0:
                         save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
                     seconds["seginversion"] = time.monotonic() - began
+                    if args.keep_fakes:                     # their labels are the latest teacher's, as for its own
+                        fakes = [path for t in range(1, step) for path in sorted(run.glob(f"fakes-step-{t}/*.png"))] + fakes
                 student, _ = load_model(run / f"step-{step - 1}.pth")
                 student.add_classes(len(steps[step]), args.init)
             student.to(device)
