@@ -108,7 +108,13 @@ CURVES = {                          # distillation weights; None is the method's
 }
 RATES = ("0.003", "0.01", "0.03")  # tried on voc6-dev; --lr of SETTINGS or, for these methods, the best of the three
 CHOSEN = {"--method ft": "--lr 0.03", "--method lwf": "--lr 0.003"}
-WEIGHTS = {"voc6": [f"--fake-lr {lr} --tv {tv} --bn {bn}" for lr in (0.25, 0.1) for tv in (0.3, 1, 3) for bn in (3, 10, 30)]}
+WEIGHTS = {                         # tried for SegInversion: around SETTINGS, published ones, other sizes and batches
+    "voc6": [f"--tv {tv} --bn {bn}" for tv in (0.3, 1, 3) for bn in (1, 3, 10)]
+    + ["--fake-lr 0.05", "--fake-lr 0.25", "--crop 64", "--crop 128", "--fake-batch 8"]
+    + [f"--spectrum 0 --tv {tv} --bn {bn}" for tv, bn in ((1, 3), (3, 3), (3, 10))]
+    + [f"--spectrum {spectrum} --fake-lr 0.25 --tv 0.355 --bn 1.16" for spectrum in (0, 1)],
+    "shapes": [f"--spectrum {spectrum} --tv {tv} --bn {bn}" for spectrum in (0, 1) for tv, bn in ((0.355, 1.16), (1, 3), (2, 3), (3, 10))],
+}
 TITLES = {"rates": "Learning rates (on a fifth of the training images)",
           "table1": "Methods (paper: Table 1)", "table2": "Fakes (paper: Table 2)", "table3": "Aggregation (paper: Table 3)",
           "table4": "Scale r (paper: Table 4)", "table5": "Knowledge distillation (paper: Table 5)",
@@ -258,7 +264,7 @@ def perform(run, place, again=False):
 def judged(folder, teacher, dataset, place):
     """judge_fakes of eval.py, for the fakes in a folder."""
     networks = [(model.eval(), about["classes"]) for path in (teacher, judge(dataset, place)) for model, about in [load_model(path)]]
-    train_set = data.load("shapes" if dataset == "shapes" else "folder", place.roots[dataset], "train")
+    train_set = data.load(train.parse(f"{SETTINGS[dataset]} --task {TASK[dataset]}".split()).dataset, place.roots[dataset], "train")
     return judge_fakes(folder, networks[0], train_set, networks[1])
 
 

@@ -2242,6 +2242,41 @@ def test_the_tables_of_the_study_are_made_of_its_committed_results():
     assert (HERE / "results/README.md").read_text() == reproduce.report(HERE / "results/study")
 
 
+def test_fakes_of_the_study_are_shared_and_judged_by_a_network_of_another_seed(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1")
+    monkeypatch.setitem(reproduce.TASK, "shapes", "1-1")
+    runs = [reproduce.Run("shapes", "1-1", "disjoint", row, flags, 1) for row, flags in (("HRHF", ""), ("no KD", "--lam 0"), ("FT", "--method ft"))]
+    real_study = reproduce.study()
+    monkeypatch.setattr(reproduce, "study", lambda: {**real_study, "table1": runs + real_study["table1"]})
+    made, synthesize = [], train.synthesize
+    monkeypatch.setattr(train, "synthesize", lambda net, folder, *a, **k: (made.append((folder, (folder / "manifest.jsonl").exists())),
+                                                                           synthesize(net, folder, *a, **k))[1])
+    place = reproduce.Place({"shapes": finished / "data"}, tmp_path / "runs", tmp_path / "results")
+    for run in runs[:2]:
+        reproduce.perform(run, place)
+    assert [(folder.parent.name, folder.name, there) for folder, there in made] == [
+        (runs[0].name, "fakes-step-1", False), (runs[0].name, "fakes-step-2", False),
+        (runs[1].name, "fakes-step-1", True), (runs[1].name, "fakes-step-2", False)]
+    judge, = (tmp_path / "runs").glob("*-joint-7/step-0.pth")
+    assert reproduce.judge("shapes", place) == judge and not list((tmp_path / "runs").glob("*-hrhf-1/step-*.pth"))
+    fakes = json.loads((tmp_path / f"results/{runs[0].name}.json").read_text())["fakes"]
+    assert {step: list(scores) for step, scores in fakes.items()} == {"1": ["cat"], "2": ["cat", "dog"]}
+    assert all(0 <= s[key] <= 1 for scores in fakes.values() for s in scores.values() for key in ("found", "judge found", "real size"))
+    for _ in range(2):                                      # the second finds it done
+        reproduce.try_weights("shapes", "--tv 0.5 --spectrum 0", place)
+    record = json.loads((tmp_path / "results/weights-shapes-tv-0.5-spectrum-0.json").read_text())
+    plan = json.loads((tmp_path / "runs/weights-shapes-tv-0.5-spectrum-0/plan.json").read_text())
+    assert list(record["fakes"]) == ["cat"] and record["fakes"]["cat"]["images"] == 16 and (plan["tv"], plan["spectrum"]) == (0.5, 0)
+    text = reproduce.report(tmp_path / "results")
+    assert "`--tv 0.5 --spectrum 0`" in text and "| shapes 1-1 disjoint, step 2 |" in text
+
+
+def test_judged_fakes_become_means_over_classes_and_seeds():
+    one = lambda v: dict.fromkeys(reproduce.JUDGED, v)
+    assert reproduce.judged_row("x", [{"cat": one(0.2), "dog": one(0.4)}, {"cat": one(0.5), "dog": one(0.5)}]) == \
+        "| x |" + " 40.0 ± 14.1 |" * 6 + " 2 |"
+
+
 def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     runs = {run.row: run for run in reproduce.study()["curves"]}
     assert len(runs) == 10 and runs["MiB, 10"].flags == reproduce.MAIN["MiB"] and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
