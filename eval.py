@@ -160,8 +160,8 @@ def compare(runs, csv_path):
         s, score = results["settings"], results["final"]["background excluded"]
         column, method = (s["dataset"], s["task"], s["setting"]), METHODS[s["method"]]
         usual = {"lam": method.lam, "init": method.init, "fake": "seginversion" if method.fakes else "none",
-                 "r": "random", "real_fake": "1:1", "void": "background"}
-        flags = [f"--{k.replace('_', '-')} {s[k]}" for k in usual if s.get(k, usual[k]) != usual[k]]
+                 "r": "random", "real_fake": "1:1", "void": "background", "keep_fakes": False, "spectrum": 1.0}
+        flags = [f"--{k.replace('_', '-')}" + (f" {s[k]}" if s[k] is not True else "") for k in usual if s.get(k, usual[k]) != usual[k]]
         label = " ".join([s["method"], *flags])
         paper = None if flags else PAPER.get(column, {}).get(label)
         ours = [math.nan if score[k] is None else 100 * score[k] for k in ("old", "new", "all")]
@@ -266,7 +266,7 @@ def judge_fakes(folder, teacher, dataset, judge=None):
     found    share of those in which the teacher gives it more than 1 % of the pixels
     sure     the teacher's mean probability of the class on the pixels it gives it
     size     share of pixels the class has in those where it was found, and in the real images that show it
-    judge    the same share as found, by the judge; and its IoU with the teacher's map over all fakes asked
+    judge    the same share as found, by the judge; and its IoU with the teacher's map over all fakes asked (0 if neither finds it)
     """
     names, sums = teacher[1], {}
     for line in (folder / "manifest.jsonl").read_text().splitlines():
@@ -299,7 +299,7 @@ def judge_fakes(folder, teacher, dataset, judge=None):
                         "size": s["size"] / found, "real size": float(np.mean(real)) if real else math.nan}
         if judge:
             scores[name] |= {"judge found": s["judge found"] / s["images"],
-                             "judge IoU": s["both"] / s["either"] if s["either"] else math.nan}
+                             "judge IoU": s["both"] / max(1, s["either"])}
     return scores
 
 

@@ -3,7 +3,7 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
 
     python reproduce.py --voc6 data/voc6            # all runs that have no result yet, then results/README.md
     python reproduce.py --only table2 --seed 1      # some of them; another process may do --seed 2 at the same time
-    python reproduce.py --quick                     # two iterations of every kind of run, in a temporary folder
+    python reproduce.py --quick                     # two iterations of every kind of run on shapes, thrown away
     python reproduce.py --make-voc6 data            # voc6 out of VOC 2012: needs data/VOCdevkit with SegmentationClassAug
 
 A run is a command of train.py. Its result, results/study/<run>.json, is committed, and a run that has one
@@ -15,6 +15,8 @@ training image of voc6 (table "rates"); the weights of SegInversion by a judge, 
 that no table has (table "synthesis").
 """
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import shutil
@@ -34,7 +36,7 @@ import seginversion
 import train
 from baselines import METHODS
 from bench import commit
-from data import derive_seed, write_atomically
+from data import InputError, derive_seed, write_atomically
 from eval import colour, judge_fakes, save_grid, test_view
 from model import load_model
 from seginversion import save_fakes, segment, synthesize
@@ -42,7 +44,7 @@ from seginversion import save_fakes, segment, synthesize
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
 
-# The schedule of each data set; the same for every method.
+# The schedule of each data set; the same for every method but for the learning rate (CHOSEN).
 SETTINGS = {
     "shapes": "--dataset shapes",
     "voc6": "--dataset folder --backbone mobilenet_v2 --crop 96 --batch-size 16 --epochs0 6 --epochs 8 --lr0 0.02 --lr 0.01 "
@@ -51,7 +53,7 @@ SETTINGS = {
 SETTINGS["voc6-dev"] = SETTINGS["voc6"].replace("--epochs 8", "--epochs 4")
 TASK = {"shapes": "15-1", "voc6": "4-1"}                    # of the searches, the judges and the pictures
 JUDGE = 7                                                   # the seed of a Joint network that judges fakes
-ORACLE = "real"                                             # --fake real: not in train.py, outside the protocol
+ORACLE = "--fake real"                                      # not in train.py: outside the protocol
 
 
 class Run(NamedTuple):
@@ -70,6 +72,10 @@ class Run(NamedTuple):
     def command(self):
         return f"{SETTINGS[self.dataset]} --task {self.task} --setting {self.setting} --seed {self.seed} {self.flags}".strip()
 
+    @property
+    def args(self):                 # of train.py, which does not know the oracle
+        return train.parse(self.command.replace(ORACLE, "--fake seginversion").split())
+
 
 class Place(NamedTuple):
     roots: dict                     # data set -> its --data-root; "weights" -> MobileNetV2's
@@ -87,7 +93,7 @@ MAIN = {"FT": "--method ft", "LwF": "--method lwf", "MiB": "--method mib", "HRHF
 OTHERS = {"PI": "--method pi", "EWC": "--method ewc", "RW": "--method rw", "LwF-MC": "--method lwf-mc", "ILT": "--method ilt"}
 HRHF, BASELINE, REAL = "+ SegInversion (HRHF)", "Baseline (no fakes)", "real old images (outside the protocol)"
 ROWS = {
-    "table2": {BASELINE: "--fake none", "+ Noise": "--fake noise", HRHF: "", REAL: f"--fake {ORACLE}"},
+    "table2": {BASELINE: "--fake none", "+ Noise": "--fake noise", HRHF: "", REAL: ORACLE},
     "table3": {"AVG": "--r avg", "MAX": "--r max", "SAA (random r)": ""},
     "table4": {**{f"r = {r}": f"--r {r}" for r in ("0.5", "1", "5", "10", "20")}, "random": ""},
     "table5": {"without KD": "--lam 0", "with KD": ""},
@@ -107,7 +113,7 @@ CURVES = {                          # distillation weights; None is the method's
     **{f"MiB, {lam or 10}": "--method mib" + (f" --lam {lam}" if lam else "") for lam in (1, 3, None, 30, 100)},
     **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}" for lam in (0, 0.3, None, 3, 10)},
 }
-RATES = ("0.003", "0.01", "0.03")  # tried on voc6-dev; --lr of SETTINGS or, for these methods, the best of the three
+RATES = ("0.003", "0.01", "0.03")  # tried on voc6-dev; these methods do not take SETTINGS' --lr
 CHOSEN = {"--method ft": "--lr 0.03", "--method lwf": "--lr 0.003"}
 WEIGHTS = {                         # tried for SegInversion: around SETTINGS, published ones, other sizes and batches
     "voc6": [f"--tv {tv} --bn {bn}" for tv in (0.3, 1, 3) for bn in (1, 3, 10)]
@@ -167,11 +173,11 @@ def real_replay(train_set, groups, step, model, folder, num_images, *, size, see
 def hold_out(voc6, folder):
     """voc6 without its val: every fifth training image tests, the others train."""
     voc6, lists = Path(voc6), folder / "ImageSets/Segmentation"
+    lines = (voc6 / "ImageSets/Segmentation/train.txt").read_text().splitlines(keepends=True)
     lists.mkdir(parents=True, exist_ok=True)
     for name in ("JPEGImages", "SegmentationClass", "classes.txt"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to((voc6 / name).resolve())
-    lines = (voc6 / "ImageSets/Segmentation/train.txt").read_text().splitlines(keepends=True)
+        (folder / name).unlink(missing_ok=True)             # it may be of a voc6 elsewhere
+        (folder / name).symlink_to((voc6 / name).resolve())
     for split, part in (("val", lines[::5]), ("train", [line for i, line in enumerate(lines) if i % 5])):
         write_atomically(lists / f"{split}.txt", lambda p: p.write_text("".join(part)))
     return folder
@@ -181,16 +187,14 @@ def execute(run, place, step0):
     """Run train.py in the run's folder; its results.json as an object."""
     folder = place.runs / run.name
     root = hold_out(place.roots["voc6"], place.runs / "voc6-dev") if run.dataset == "voc6-dev" else place.roots[run.dataset]
-    flags = [*run.command.split(), "--data-root", str(root), "--out", str(folder), *place.extra]
+    flags = [*run.command.replace(ORACLE, "").split(), "--data-root", str(root), "--out", str(folder), *place.extra]
     if run.dataset != "shapes":
         flags += ["--pretrained", str(place.roots["weights"])]
     if step0:
         flags += ["--step0", str(step0)]
     of_train = train.synthesize
-    if ORACLE in flags:
-        flags[flags.index(ORACLE)] = "seginversion"
-        args = train.parse(flags)
-        train_set = data.load(args.dataset, args.data_root, "train")
+    if ORACLE in run.flags:
+        train_set = data.load(run.args.dataset, root, "train")
         groups = data.task_steps(run.task, len(train_set.classes) - 1)
 
         def replay(model, folder, *rest, **options):
@@ -206,11 +210,8 @@ def execute(run, place, step0):
 
 def network(run, place):
     """Path of the last checkpoint of a run; the run is done again if that is gone."""
-    folder = place.runs / run.name
-    if not (folder / "results.json").exists() or not list(folder.glob("step-*.pth")):
-        shutil.rmtree(folder, ignore_errors=True)
-        perform(run, place, again=True)
-    return max(folder.glob("step-*.pth"))
+    perform(run, place, network=True)
+    return max((place.runs / run.name).glob("step-*.pth"))
 
 
 def judge(dataset, place):
@@ -219,7 +220,17 @@ def judge(dataset, place):
 
 
 def shared_step0(run, place):
-    return place.runs / f"step0-{run.dataset}-{run.task}-{run.setting}-{run.seed}.pth"
+    schedule = plain(f"{run.args.epochs0} {run.args.lr0} {run.args.batch_size} {run.args.crop}")
+    return place.runs / f"step0-{run.dataset}-{run.task}-{run.setting}-{run.seed}-{schedule}.pth"
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """One process at a time inside: several may want the same judge."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(f"{folder.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def copy_folder(source, target):
@@ -229,39 +240,46 @@ def copy_folder(source, target):
     part.rename(target)
 
 
-def perform(run, place, again=False):
-    """Do one run, unless it has a result; write its result; keep of its folder what other runs build upon."""
-    result = place.results / f"{run.name}.json"
-    if result.exists() and not again:
-        return
-    args = train.parse(run.command.replace(ORACLE, "none").split())
-    method, folder = METHODS[args.method], place.runs / run.name
-    shared = shared_step0(run, place)
-    shares = not (method.offline or method.importance or args.method == "lwf-mc")     # those have a step 0 of their own
-    fakes = args.fake == "seginversion" and ORACLE not in run.flags
-    first_fakes = place.runs / f"{shared.stem}-fakes-{plain(f'{args.r} {args.fake_lr} {args.tv} {args.bn} {args.spectrum}')}"
-    print(f"reproduce.py: {run.name}", flush=True)
-    if fakes and first_fakes.exists() and not (folder / "fakes-step-1").exists():
-        copy_folder(first_fakes, folder / "fakes-step-1")
-    began = time.monotonic()
-    scores = execute(run, place, shared if shares and shared.exists() else None)
-    seconds = round(time.monotonic() - began)
-    if shares and not shared.exists():
-        write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
-    if fakes and not first_fakes.exists():
-        copy_folder(folder / "fakes-step-1", first_fakes)
-    final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
-    record = {"command": f"train.py {run.command}", "commit": commit(), "versions": scores["versions"],
-              "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
-              "iou": scores["steps"][-1]["iou"], "seconds": seconds}
-    if fakes and not run.flags and not place.extra and run.dataset in TASK:
-        record["fakes"] = {t: judged(folder / f"fakes-step-{t}", folder / f"step-{t - 1}.pth", run.dataset, place)
-                           for t in range(1, len(scores["steps"]))}
-    place.results.mkdir(parents=True, exist_ok=True)
-    write_atomically(result, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
-    kept = run.seed == JUDGE or run.name in [r.name for r in figure4_runs().values()]
-    for path in [*sorted(folder.glob("step-*.pth"))[:-1 if kept else None], *folder.glob("fakes-step-*/*.png")]:
-        path.unlink()
+def perform(run, place, network=False):
+    """Do one run, unless it has a result (and, for `network`, its last checkpoint is there); write its result.
+
+    Its checkpoints and fakes are removed then, but for what other runs build upon.
+    """
+    result, folder = place.results / f"{run.name}.json", place.runs / run.name
+    with alone(folder):
+        known = json.loads(result.read_text())["command"] if result.exists() else None
+        checkpoints = list(folder.glob("step-*.pth"))
+        if known == f"train.py {run.command}" and (checkpoints or not network):
+            return
+        if known not in (None, f"train.py {run.command}") or (folder / "results.json").exists() and not checkpoints:
+            shutil.rmtree(folder, ignore_errors=True)       # of another schedule, or with nothing left to go on from
+        print(f"reproduce.py: {run.name}", flush=True)
+        args, shared = run.args, shared_step0(run, place)
+        method = METHODS[args.method]
+        shares = not (method.offline or method.importance or args.method == "lwf-mc")     # those have a step 0 of their own
+        fakes = args.fake == "seginversion" and ORACLE not in run.flags
+        first_fakes = place.runs / f"{shared.stem}-fakes-{plain(f'{args.r} {args.fake_lr} {args.tv} {args.bn} {args.spectrum}')}"
+        if fakes and first_fakes.exists() and not (folder / "fakes-step-1").exists():
+            copy_folder(first_fakes, folder / "fakes-step-1")
+        began = time.monotonic()
+        scores = execute(run, place, shared if shares and shared.exists() else None)
+        seconds = round(time.monotonic() - began)           # of the last launch
+        if shares and not shared.exists():
+            write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
+        if fakes and not first_fakes.exists():
+            copy_folder(folder / "fakes-step-1", first_fakes)
+        final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
+        record = {"command": f"train.py {run.command}", "commit": commit(), "versions": scores["versions"],
+                  "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
+                  "iou": scores["steps"][-1]["iou"], "seconds": seconds}
+        if fakes and not run.flags and not place.extra and run.dataset in TASK:
+            record["fakes"] = {t: judged(folder / f"fakes-step-{t}", folder / f"step-{t - 1}.pth", run.dataset, place)
+                               for t in range(1, len(scores["steps"]))}
+        place.results.mkdir(parents=True, exist_ok=True)
+        write_atomically(result, lambda p: p.write_text(json.dumps(record, indent=1) + "\n"))
+        kept = run.seed == JUDGE or run.name in [r.name for r in figure4_runs().values()]
+        for path in [*sorted(folder.glob("step-*.pth"))[:-1 if kept else None], *folder.glob("fakes-step-*/*.png")]:
+            path.unlink()
 
 
 def judged(folder, teacher, dataset, place):
@@ -275,7 +293,7 @@ def step0(dataset, place):
     """Path of the step 0 that the first seed's runs of a data set's first task share."""
     fine_tuning = next(run for run in study()["table1"] if run[:4] == (dataset, TASK[dataset], "disjoint", "FT"))
     if not shared_step0(fine_tuning, place).exists():
-        perform(fine_tuning, place, again=True)
+        perform(fine_tuning, place, network=True)
     return shared_step0(fine_tuning, place)
 
 
@@ -305,7 +323,7 @@ def figure4_runs():
 
 def draw_curves(points):
     """An SVG: old (across) against new mIoU in percent; points {method: [(name, old, new, is the method's own)]}."""
-    side, edge, top = 420, 50, 10 * math.ceil(max(max(old, new) for ps in points.values() for _, old, new, _ in ps) / 10)
+    side, edge, top = 420, 50, 10 * math.ceil(max(1, *(v for ps in points.values() for p in ps for v in p[1:3])) / 10)
     x, y = (lambda v: edge + side * v / top), (lambda v: edge / 2 + side * (1 - v / top))
     lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{side + 2 * edge}" height="{side + 2 * edge}" '
              'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>']
@@ -341,8 +359,8 @@ def figure3(place):
     record = place.results / "figure3.json"
     if record.exists():
         return
-    flags = f"--classes cat --r 0.5,5,10 --images 64 --out {place.results.parent / 'figure3.png'}"
-    shares = seginversion.main([*flags.split(), "--checkpoint", str(step0("voc6", place))])
+    shares = seginversion.main([*"--classes cat --r 0.5,5,10 --images 64".split(), "--checkpoint", str(step0("voc6", place)),
+                                "--out", str(place.results.parent / "figure3.png")])
     write_atomically(record, lambda p: p.write_text(json.dumps({"commit": commit(), "share": shares}, indent=1) + "\n"))
 
 
@@ -362,8 +380,9 @@ def figure4(place, count=6):
         x = image[None]
         panels += [data.denormalise(image), *(segment(model, x)[0] for model, _ in models.values()), colour(target)]
         shown.append(", ".join(names[c] for c in target.unique().tolist() if 0 < c < 255))
-    save_grid(panels, 2 + len(models), picture)
-    grid, margin = Image.open(picture), 90
+    place.runs.mkdir(parents=True, exist_ok=True)
+    save_grid(panels, 2 + len(models), place.runs / "figure4.png")
+    grid, margin = Image.open(place.runs / "figure4.png"), 90
     whole = Image.new("RGB", (grid.width + margin, grid.height + 14), "white")
     whole.paste(grid, (margin, 14))
     for i, text in enumerate(("image", *models, "truth")):
@@ -428,6 +447,8 @@ def report(results):
              "neither is the paper's VOC 2012 with its network, so only the pattern can be compared. `voc6-dev` is the training images",
              "of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
+    lines += ["", "On voc6 each method has the learning rate that was best on voc6-dev: " + ", ".join(
+        f"`{flags} {rate}`" for flags, rate in CHOSEN.items()) + ", the others above. PI, EWC, RW, LwF-MC and ILT were not tuned."]
     lines += ["", "## Weights of SegInversion (on training images)", ""]
     lines += ["16 fakes of step 0 each, in percent, the most convincing first.", MEANING, ""]
     for dataset in WEIGHTS:
@@ -522,7 +543,12 @@ def main(argv=None):
     place = Place({"shapes": "data", "voc6": args.voc6, "weights": args.weights}, Path(args.runs), results)
     runs = [run for table, runs in study().items() for run in runs if args.only in (None, table)
             and args.dataset in (None, run.dataset) and args.seed in (None, run.seed)]
+    pictures = args.dataset in (None, "voc6") and args.seed in (None, SEEDS[0])       # of one seed, like the weights
+    if not runs and not (pictures and args.only in ("weights", "figure3", "figure4")):
+        raise InputError("--only, --dataset and --seed leave nothing to run")
     if args.quick:
+        if args.dataset not in (None, "shapes") or args.only not in ("table1", *ROWS, None):
+            raise InputError("--quick runs on shapes alone: leave out --dataset, and --only but for a table with shapes")
         with tempfile.TemporaryDirectory() as folder:
             kinds = {run.flags: run for run in runs if run.dataset == "shapes"}
             place = place._replace(runs=Path(folder) / "runs", results=Path(folder), extra=("--max-iters", "2", "--num-fakes", "16"))
@@ -532,15 +558,15 @@ def main(argv=None):
         return
     if not args.tables:
         place.runs.mkdir(parents=True, exist_ok=True)
-        if args.only in (None, "weights"):
-            for dataset in WEIGHTS:
+        for dataset in WEIGHTS:
+            if args.only in (None, "weights") and args.dataset in (None, dataset) and args.seed in (None, SEEDS[0]):
                 for flags in WEIGHTS[dataset]:
                     try_weights(dataset, flags, place)
         for run in runs:
             perform(run, place)
-        if args.only in (None, "figure3"):
+        if pictures and args.only in (None, "figure3"):
             figure3(place)
-        if args.only in (None, "figure4"):
+        if pictures and args.only in (None, "figure4"):
             figure4(place)
     if points := curves(results):
         write_atomically(results.parent / "curves.svg", lambda p: p.write_text(draw_curves(points)))

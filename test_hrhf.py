@@ -1295,7 +1295,14 @@ def test_keep_fakes_trains_on_the_pools_of_earlier_steps_as_well(finished, tmp_p
     monkeypatch.setattr(data, "View", lambda *a: (pools.append([str(p.relative_to(tmp_path)) for p in a[4]] if len(a) > 4 else None), real(*a))[1])
     train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
     names = [[f"fakes-step-{t}/{i:05d}.png" for i in range(8)] for t in (1, 2)]
-    assert [pool for pool in pools if pool is not None] == [[], names[0], names[0] + names[1]]
+    assert [pool for pool in pools if pool is not None] == [[], names[0], names[1] + names[0]]
+    shutil.rmtree(tmp_path / "fakes-step-1")
+    (tmp_path / "step-2.pth").unlink()
+    (tmp_path / "step-2.json").unlink()
+    with pytest.raises(InputError, match="fakes-step-1 holds no finished set"):
+        train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
+    with pytest.raises(InputError, match="no fakes to keep"):
+        train.parse("--keep-fakes --method ft".split())
 
 
 def test_a_run_leaves_everything_it_promises(finished):
@@ -2207,8 +2214,8 @@ def test_the_study_names_every_different_run_once_and_all_its_flags_parse():
     by_name = {}
     for run in runs:
         assert by_name.setdefault(run.name, run)._replace(row="") == run._replace(row="")
-        args = train.parse(run.command.replace(f"--fake {reproduce.ORACLE}", "--fake none").split())
-        train.batch_parts(args, 1)
+        train.batch_parts(run.args, 1)
+        assert ("--fake real" in run.flags) == (run.row == reproduce.REAL) and (run.args.real_fake != "1:1") == (":" in run.flags)
     assert len({run.flags for run in runs}) >= 20 and {run.dataset for run in runs} == {"shapes", "voc6", "voc6-dev"}
 
 
@@ -2217,7 +2224,7 @@ def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finishe
     roots, calls, real = {"shapes": finished / "data"}, [], train.main
     monkeypatch.setattr(train, "main", lambda flags: (calls.append(flags), real(flags)))
     runs = [reproduce.Run("shapes", "1-1", "disjoint", row, flags, 3) for row, flags in (
-        ("Baseline", "--fake none"), ("real", f"--fake {reproduce.ORACLE}"), ("joint", "--method joint"), ("Baseline", "--fake none"))]
+        ("Baseline", "--fake none"), ("real", reproduce.ORACLE), ("joint", "--method joint"), ("Baseline", "--fake none"))]
     for run in runs:
         reproduce.perform(run, reproduce.Place(roots, tmp_path / "runs", tmp_path / "results"))
     assert len(calls) == 3 and ["--step0" in flags for flags in calls] == [False, True, False]
@@ -2287,6 +2294,15 @@ def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     drawn = ElementTree.fromstring(reproduce.draw_curves(points))
     circles = [tuple(float(c.get(key)) for key in ("cx", "cy", "r")) for c in drawn.iter("{http://www.w3.org/2000/svg}circle")]
     assert circles == [(260, 340, 7), (365, 392.5, 4), (155, 25, 4)]       # 420 units are 40 %, from (50, 445) on
+
+
+def test_the_chosen_learning_rates_are_the_best_of_those_tried():
+    for method in ("FT", "LwF", "MiB", "HRHF"):
+        tried = {run: HERE / f"results/study/{run.name}.json" for run in reproduce.study()["rates"] if run.row.startswith(f"{method}, ")}
+        if all(path.exists() for path in tried.values()):
+            best = max(tried, key=lambda run: json.loads(tried[run].read_text())["all"])
+            chosen = next(run for run in reproduce.study()["table1"] if run.dataset == "voc6" and run.row == method)
+            assert best.args.lr == chosen.args.lr
 
 
 def test_the_learning_rates_are_tried_on_training_images_alone(finished, tmp_path):

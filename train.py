@@ -115,6 +115,10 @@ def parse(argv=None):
     args.lam = method.lam if args.lam is None else args.lam
     args.init = args.init or method.init
     args.fake = args.fake or ("seginversion" if method.fakes else "none")
+    if args.keep_fakes and args.fake == "none":
+        raise InputError("--keep-fakes: there are no fakes to keep without SegInversion")
+    if args.spectrum > 4:
+        raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
     args.epochs0 = args.epochs0 or args.epochs
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
     method_name = "" if args.method == p.get_default("method") else f"-{args.method}"
@@ -285,8 +289,8 @@ def train_step(student, teacher, method, importance, view, parts, step, args, ru
     if world > 1:
         if device.type == "cuda":                           # SyncBatchNorm has no CPU form
             wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
-        wrapped = nn.parallel.DistributedDataParallel(      # rank 0's statistics are kept; SyncBatchNorm's are the same
-            wrapped, [device] if device.type == "cuda" else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+        wrapped = nn.parallel.DistributedDataParallel(
+            wrapped, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     wrapped.train()
     loader = DataLoader(
         view, num_workers=args.workers, pin_memory=device.type == "cuda", batch_sampler=data.train_batches(
@@ -406,8 +410,10 @@ def main(argv=None):
                     if rank == 0:
                         save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
                     seconds["seginversion"] = time.monotonic() - began
-                    if args.keep_fakes:                     # their labels are the latest teacher's, as for its own
-                        fakes = [path for t in range(1, step) for path in sorted(run.glob(f"fakes-step-{t}/*.png"))] + fakes
+                    for t in range(1, step) if args.keep_fakes else ():       # labelled by the latest teacher, as its own
+                        if not (run / f"fakes-step-{t}/manifest.jsonl").exists():
+                            raise InputError(f"--keep-fakes: {run}/fakes-step-{t} holds no finished set of fakes; copy it there")
+                        fakes += sorted(run.glob(f"fakes-step-{t}/*.png"))
                 student, _ = load_model(run / f"step-{step - 1}.pth")
                 student.add_classes(len(steps[step]), args.init)
             student.to(device)
