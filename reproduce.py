@@ -307,7 +307,8 @@ def try_weights(dataset, flags, place):
     args = train.parse(f"{SETTINGS[dataset]} --task {TASK[dataset]} {flags}".split())
     model, _ = load_model(teacher)
     paths = synthesize(model, folder, 16, size=args.crop, batch_size=args.fake_batch, r=args.r, most=args.fake_classes,
-                       seed=derive_seed(SEEDS[0], 1, 2), steps=args.fake_steps, lr=args.fake_lr, tv=args.tv, bn=args.bn, spectrum=args.spectrum)
+                       seed=derive_seed(SEEDS[0], 1, 2), steps=args.fake_steps, lr=args.fake_lr, tv=args.tv, bn=args.bn,
+                       spectrum=args.spectrum)
     save_fakes(model, paths, place.runs / f"{result.stem}.png")
     scores = judged(folder, teacher, dataset, place)
     write_atomically(result, lambda p: p.write_text(json.dumps(
@@ -365,11 +366,16 @@ def figure3(place):
 
 
 def figure4(place, count=6):
-    """Image, FT, MiB, HRHF, truth: test images spread over voc6's val, by the last networks of the first seed's runs."""
+    """Image, FT, MiB, HRHF, truth: test images spread over voc6's val, by the last networks of the first seed's runs.
+
+    Writes fakes.png beside it: the first fakes of that HRHF run.
+    """
     picture = place.results.parent / "figure4.png"
     if picture.exists():
         return
     models = {row: load_model(network(run, place)) for row, run in figure4_runs().items()}
+    fakes = place.runs / figure4_runs()["HRHF"].name / "fakes-step-1.png"
+    write_atomically(picture.with_name("fakes.png"), lambda p: shutil.copyfile(fakes, p))
     names = models["HRHF"][1]["classes"]
     test_set = data.load("folder", place.roots["voc6"], "val")
     steps = data.task_steps(TASK["voc6"], len(names) - 1)
@@ -453,6 +459,9 @@ def report(results):
     lines += ["16 fakes of step 0 each, in percent, the most convincing first.", MEANING, ""]
     for dataset in WEIGHTS:
         tried = [json.loads(path.read_text()) for path in sorted(results.glob(f"weights-{dataset}-*.json"))]
+        if not tried:
+            lines += [f"{dataset} {TASK[dataset]}: not run.", ""]
+            continue
         ranked = sorted(tried, key=lambda t: -statistics.mean(s["judge IoU"] for s in t["fakes"].values()))
         lines += [f"| {dataset} {TASK[dataset]}{JUDGED_HEAD}", *(judged_row(f"`{t['flags']}`", [t["fakes"]]) for t in ranked), ""]
     for table, runs in study().items():
@@ -478,6 +487,8 @@ def report(results):
     if fakes:
         lines += ["## How good the fakes are", "", MEANING, "", "| HRHF's fakes of" + JUDGED_HEAD]
         lines += [judged_row(name, scores) for name, scores in fakes.items()] + [""]
+    if (results.parent / "fakes.png").exists():
+        lines += ["The first fakes of voc6 4-1, seed 1, with the inverted network's own segmentation:", "", "![fakes](fakes.png)", ""]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     if (results / "figure3.json").exists():
         shares = json.loads((results / "figure3.json").read_text())["share"]
