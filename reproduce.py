@@ -345,14 +345,14 @@ def draw_curves(points):
 
 
 def curves(results):
-    """draw_curves' points out of the results there are: mean old and new mIoU over the seeds, a point per weight."""
+    """draw_curves' points out of the results there are, if enough for a line: means over the seeds, a point per weight."""
     points = {}
     for row, done in cells_of(study()["curves"], results).items():
         method, name = row.split(", ")
         if done:
             old, new = (100 * statistics.mean(d[key] for d in done) for key in ("old", "new"))
             points.setdefault(method, []).append((name, old, new, CURVES[row] == MAIN[method]))
-    return points
+    return points if any(len(places) > 1 for places in points.values()) else {}
 
 
 def figure3(place):
@@ -453,8 +453,8 @@ def report(results):
              "neither is the paper's VOC 2012 with its network, so only the pattern can be compared. `voc6-dev` is the training images",
              "of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
-    lines += ["", "On voc6 each method has the learning rate that was best on voc6-dev: " + ", ".join(
-        f"`{flags} {rate}`" for flags, rate in CHOSEN.items()) + ", the others above. PI, EWC, RW, LwF-MC and ILT were not tuned."]
+    lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
+              + "; MiB's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned."]
     lines += ["", "## Weights of SegInversion (on training images)", ""]
     lines += ["16 fakes of step 0 each, in percent, the most convincing first.", MEANING, ""]
     for dataset in WEIGHTS:
@@ -488,7 +488,7 @@ def report(results):
         lines += ["## How good the fakes are", "", MEANING, "", "| HRHF's fakes of" + JUDGED_HEAD]
         lines += [judged_row(name, scores) for name, scores in fakes.items()] + [""]
     if (results.parent / "fakes.png").exists():
-        lines += ["The first fakes of voc6 4-1, seed 1, with the inverted network's own segmentation:", "", "![fakes](fakes.png)", ""]
+        lines += ["The first fakes of voc6 4-1, seed 1, the inverted network's own segmentation under each:", "", "![fakes](fakes.png)", ""]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     if (results / "figure3.json").exists():
         shares = json.loads((results / "figure3.json").read_text())["share"]
