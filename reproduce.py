@@ -554,11 +554,13 @@ def main(argv=None):
     place = Place({"shapes": "data", "voc6": args.voc6, "weights": args.weights}, Path(args.runs), results)
     runs = [run for table, runs in study().items() for run in runs if args.only in (None, table)
             and args.dataset in (None, run.dataset) and args.seed in (None, run.seed)]
-    pictures = args.dataset in (None, "voc6") and args.seed in (None, SEEDS[0])       # of one seed, like the weights
-    if not runs and not (pictures and args.only in ("weights", "figure3", "figure4")):
+    first = args.seed in (None, SEEDS[0])                   # weights and pictures are of one seed
+    weights = [dataset for dataset in WEIGHTS if first and args.only in (None, "weights") and args.dataset in (None, dataset)]
+    pictures = [draw for draw in (figure3, figure4) if first and args.only in (None, draw.__name__) and args.dataset in (None, "voc6")]
+    if not (runs or weights or pictures):
         raise InputError("--only, --dataset and --seed leave nothing to run")
     if args.quick:
-        if args.dataset not in (None, "shapes") or args.only not in ("table1", *ROWS, None):
+        if not any(run.dataset == "shapes" for run in runs):
             raise InputError("--quick runs on shapes alone: leave out --dataset, and --only but for a table with shapes")
         with tempfile.TemporaryDirectory() as folder:
             kinds = {run.flags: run for run in runs if run.dataset == "shapes"}
@@ -569,16 +571,13 @@ def main(argv=None):
         return
     if not args.tables:
         place.runs.mkdir(parents=True, exist_ok=True)
-        for dataset in WEIGHTS:
-            if args.only in (None, "weights") and args.dataset in (None, dataset) and args.seed in (None, SEEDS[0]):
-                for flags in WEIGHTS[dataset]:
-                    try_weights(dataset, flags, place)
+        for dataset in weights:
+            for flags in WEIGHTS[dataset]:
+                try_weights(dataset, flags, place)
         for run in runs:
             perform(run, place)
-        if pictures and args.only in (None, "figure3"):
-            figure3(place)
-        if pictures and args.only in (None, "figure4"):
-            figure4(place)
+        for draw in pictures:
+            draw(place)
     if points := curves(results):
         write_atomically(results.parent / "curves.svg", lambda p: p.write_text(draw_curves(points)))
     write_atomically(HERE / "results" / "README.md", lambda p: p.write_text(report(results)))

@@ -2287,6 +2287,26 @@ def test_judged_fakes_become_means_over_classes_and_seeds():
         "| x |" + " 40.0 ± 14.1 |" * 6 + " 2 |"
 
 
+def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_path, monkeypatch):
+    done, note = [], lambda name: lambda *a: done.append((name, a[0]) if name in ("perform", "try_weights") else (name,))
+    for name in ("perform", "try_weights"):
+        monkeypatch.setattr(reproduce, name, note(name))
+    for name in ("figure3", "figure4"):
+        drawn = note(name)
+        drawn.__name__ = name
+        monkeypatch.setattr(reproduce, name, drawn)
+    monkeypatch.setattr(reproduce, "write_atomically", lambda *a: None)
+    left = lambda flags: (done.clear(), reproduce.main([*flags.split(), "--runs", str(tmp_path)]), set(done))[2]
+    assert left("--only weights --dataset shapes") == {("try_weights", "shapes")}
+    assert left("--only figure3") == {("figure3",)} and left("--only figure4 --dataset voc6") == {("figure4",)}
+    assert {run.dataset for _, run in left("--only table2 --seed 2")} == {"voc6", "shapes"}
+    assert {kind for kind, *_ in left("--dataset shapes --seed 2")} == {"perform"}
+    for flags in ("--only weights --seed 2", "--only figure3 --dataset shapes", "--only rates --seed 2", "--quick --only ours",
+                  "--quick --only weights", "--quick --dataset voc6"):
+        with pytest.raises(InputError, match="nothing to run|runs on shapes alone"):
+            left(flags)
+
+
 def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     runs = {run.row: run for run in reproduce.study()["curves"]}
     assert len(runs) == 10 and runs["MiB, 10"].flags == reproduce.MAIN["MiB"] and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
