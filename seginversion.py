@@ -169,7 +169,7 @@ def classification_loss(scores, targets):
 
 
 def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2=0.0089, bn=1.16, spectrum=1.0,
-           jitter=30 / 512, compile=False, on_step=None):
+           compile=False, on_step=None):
     """Optimise noise into images that the network takes for the asked classes (Eq. 2).
 
     model:   a segmentation network, images (B, 3, H, W) -> logits (B, C, h, w). It is left as it was
@@ -180,7 +180,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
     steps, lr, seed: Adam with betas (0.5, 0.9), a tenth of the steps warm-up (at most 100), then
              cosine to 0; the noise, shifts and flips come from `seed` alone (the global random state
              is not touched)
-    tv, l2, bn: weights of the terms of R(x). jitter: largest random shift, as a share of the size.
+    tv, l2, bn: weights of the terms of R(x)
     spectrum: of the noise (standard deviation 1), and the gradient is coloured alike before Adam sees it: ours.
              Adam gives every pixel a step of one size, so that noise grows as fast as objects do; this lets the
              large shapes come first. 0 is white noise and the plain gradient.
@@ -205,7 +205,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.355, l2
     warmup = min(100, max(1, steps // 10))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
         (i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup))))
-    reach = [int(jitter * side) for side in (H, W)]
+    reach = [min(30, side // 6) for side in (H, W)]         # less would stay within a cell of the network's stride
     network = torch.compile(model) if compile else model
     with frozen(model), BatchNormMatching(model) as matching, \
             torch.backends.cudnn.flags(enabled=True, deterministic=True):       # the same image every time
