@@ -357,6 +357,12 @@ def curves(results):
     return points if any(len(places) > 1 for places in points.values()) else {}
 
 
+def beaten_points(points, method, other):
+    """How many weights of another method are worse than one of this method in old and new at once."""
+    worse = [any(old > o and new > n for _, old, new, _ in points.get(method, ())) for _, o, n, _ in points.get(other, ())]
+    return f"{sum(worse)} of {other}'s {len(worse)} weights: a weight of {method} is better in old and new at once"
+
+
 def figure3(place):
     """Same noise, three scales: 64 images of each, out of voc6's step 0; the shares of pixels to figure3.json."""
     record = place.results / "figure3.json"
@@ -479,9 +485,10 @@ def report(results):
                 numbers = [spread([d[key] for d in done]) for key in ("step 0", "old", "new", "all")] if done else ["not run"] * 4
                 lines.append(f"| {row} | {' | '.join(numbers)} | {len(done)} |")
             lines += ["", *claims(table, cells)]
-    if curves(results):
+    if points := curves(results):
         lines += ["![old against new mIoU](curves.svg)", "", "The large points are the methods' own weights. MiB's distillation is a mean over the "
                   "old classes, HRHF's a sum.", ""]
+        lines += [f"- {beaten_points(points, 'HRHF', 'MiB')}", f"- {beaten_points(points, 'MiB', 'HRHF')}", ""]
     fakes = {}
     for run in dict.fromkeys(run._replace(row="HRHF") for runs in study().values() for run in runs if not run.flags):
         for done in cells_of([run], results)["HRHF"]:

@@ -2317,6 +2317,9 @@ def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     drawn = ElementTree.fromstring(reproduce.draw_curves(points))
     circles = [tuple(float(c.get(key)) for key in ("cx", "cy", "r")) for c in drawn.iter("{http://www.w3.org/2000/svg}circle")]
     assert circles == [(260, 340, 7), (365, 392.5, 4), (155, 25, 4)]       # 420 units are 40 %, from (50, 445) on
+    points = {"MiB": [("1", 20, 10, False), ("3", 30, 5, True), ("10", 5, 15, False)], "HRHF": [("1", 25, 12, True), ("0", 10, 20, False)]}
+    assert reproduce.beaten_points(points, "HRHF", "MiB").startswith("2 of MiB's 3 weights")
+    assert reproduce.beaten_points(points, "MiB", "HRHF").startswith("0 of HRHF's 2 weights")
 
 
 def test_the_chosen_learning_rates_are_the_best_of_those_tried():
