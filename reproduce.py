@@ -54,6 +54,7 @@ SETTINGS["voc6-dev"] = SETTINGS["voc6"]
 TASK = {"shapes": "15-1", "voc6": "4-1"}                    # of the searches, the judges and the pictures
 JUDGE = 7                                                   # the seed of a Joint network that judges fakes
 ORACLE = "--fake real"                                      # not in train.py: outside the protocol
+PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()      # what the fakes of a step 0 hang upon
 
 
 class Run(NamedTuple):
@@ -82,6 +83,14 @@ class Place(NamedTuple):
     runs: Path                      # run folders, and what runs share
     results: Path                   # what is committed
     extra: tuple = ()               # more flags for train.py
+
+
+def same_run(command, run):
+    """Whether a record's command is that of a run; flags of SegInversion count where there are fakes."""
+    real, settings = ORACLE in command, vars(train.parse(command.removeprefix("train.py ").replace(ORACLE, "").split()))
+    ours = vars(run.args)
+    ignored = PLAN if ours["fake"] == "none" else ()
+    return real == (ORACLE in run.flags) and all(settings[k] == ours[k] for k in ours if k not in ignored)
 
 
 def plain(flags):
@@ -249,18 +258,18 @@ def perform(run, place, network=False):
     """
     result, folder = place.results / f"{run.name}.json", place.runs / run.name
     with alone(folder):
-        known = json.loads(result.read_text())["command"] if result.exists() else None
+        known = same_run(json.loads(result.read_text())["command"], run) if result.exists() else None
         checkpoints = list(folder.glob("step-*.pth"))
-        if known == f"train.py {run.command}" and (checkpoints or not network):
+        if known and (checkpoints or not network):
             return
-        if known not in (None, f"train.py {run.command}") or (folder / "results.json").exists() and not checkpoints:
+        if known is False or (folder / "results.json").exists() and not checkpoints:
             shutil.rmtree(folder, ignore_errors=True)       # of another schedule, or with nothing left to go on from
         print(f"reproduce.py: {run.name}", flush=True)
         args, shared = run.args, shared_step0(run, place)
         method = METHODS[args.method]
         shares = not (method.offline or method.importance or args.method == "lwf-mc")     # those have a step 0 of their own
         fakes = args.fake == "seginversion" and ORACLE not in run.flags
-        first_fakes = place.runs / f"{shared.stem}-fakes-{plain(f'{args.r} {args.fake_lr} {args.tv} {args.bn} {args.spectrum}')}"
+        first_fakes = place.runs / f"{shared.stem}-fakes-{plain(' '.join(str(vars(args)[k]) for k in PLAN))}"
         if fakes and first_fakes.exists() and not (folder / "fakes-step-1").exists():
             copy_folder(first_fakes, folder / "fakes-step-1")
         began = time.monotonic()
@@ -434,12 +443,12 @@ def claims(table, cells):
 
 
 def cells_of(runs, results):
-    """{row: the results of its runs that there are}."""
+    """{row: the results of its runs that there are, of the settings as they are now}."""
     cells = {run.row: [] for run in runs}
     for run in runs:
         path = results / f"{run.name}.json"
-        if path.exists():
-            cells[run.row].append({**json.loads(path.read_text()), "seed": run.seed})
+        if path.exists() and same_run((done := json.loads(path.read_text()))["command"], run):
+            cells[run.row].append({**done, "seed": run.seed})
     return cells
 
 

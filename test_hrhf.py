@@ -2235,6 +2235,17 @@ def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finishe
     assert not list((tmp_path / "runs").rglob("step-1.pth"))
 
 
+def test_a_record_is_of_a_run_if_all_that_matters_to_it_is_equal():
+    run = lambda flags: reproduce.Run("voc6", "4-1", "disjoint", "x", flags, 1)
+    command = lambda flags: f"train.py {run(flags).command}"
+    for flags in ("--method mib", "--fake none"):           # no fakes: their flags do not matter
+        assert reproduce.same_run(command(f"{flags} --bn 77 --num-fakes 5"), run(flags)) and not reproduce.same_run(command(f"{flags} --lr 7"), run(flags))
+    for flags in ("", "--fake noise", reproduce.ORACLE):
+        assert reproduce.same_run(command(flags), run(flags)) and not reproduce.same_run(command(f"{flags} --num-fakes 5"), run(flags))
+    assert not reproduce.same_run(command(""), run(reproduce.ORACLE)) and not reproduce.same_run(command(reproduce.ORACLE), run(""))
+    assert not reproduce.same_run(command(""), run("")._replace(seed=2))
+
+
 def test_the_oracle_replays_real_images_of_the_steps_before_and_no_others(finished, tmp_path):
     train_set = data.load("folder", finished / "data", "train")
     steps = data.task_steps("1-1", 3)
@@ -2311,7 +2322,7 @@ def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     runs = {run.row: run for run in reproduce.study()["curves"]}
     assert len(runs) == 10 and runs["MiB, 10"].flags == reproduce.MAIN["MiB"] and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
     for row, old, new in (("MiB, 10", 0.2, 0.1), ("MiB, 30", 0.3, 0.05), ("HRHF, 0", 0.1, 0.4)):
-        (tmp_path / f"{runs[row].name}.json").write_text(json.dumps({"old": old, "new": new}))
+        (tmp_path / f"{runs[row].name}.json").write_text(json.dumps({"command": runs[row].command, "old": old, "new": new}))
     points = reproduce.curves(tmp_path)
     assert points == {"MiB": [("10", 20, 10, True), ("30", 30, 5, False)], "HRHF": [("0", 10, 40, False)]}
     drawn = ElementTree.fromstring(reproduce.draw_curves(points))
