@@ -2242,6 +2242,7 @@ def test_a_record_is_of_a_run_if_all_that_matters_to_it_is_equal():
         assert reproduce.same_run(command(f"{flags} --bn 77 --num-fakes 5"), run(flags)) and not reproduce.same_run(command(f"{flags} --lr 7"), run(flags))
     for flags in ("", "--fake noise", reproduce.ORACLE):
         assert reproduce.same_run(command(flags), run(flags)) and not reproduce.same_run(command(f"{flags} --num-fakes 5"), run(flags))
+    assert reproduce.same_run(command("--method joint --lr 7"), run("--method joint"))         # which has no later steps
     assert not reproduce.same_run(command(""), run(reproduce.ORACLE)) and not reproduce.same_run(command(reproduce.ORACLE), run(""))
     assert not reproduce.same_run(command(""), run("")._replace(seed=2))
 
@@ -2320,7 +2321,7 @@ def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_
 
 def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     runs = {run.row: run for run in reproduce.study()["curves"]}
-    assert len(runs) == 10 and runs["MiB, 10"].flags == reproduce.MAIN["MiB"] and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
+    assert len(runs) == 10 and runs["MiB, 10"].flags == "--method mib --lr 0.01" and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
     for row, old, new in (("MiB, 10", 0.2, 0.1), ("MiB, 30", 0.3, 0.05), ("HRHF, 0", 0.1, 0.4)):
         (tmp_path / f"{runs[row].name}.json").write_text(json.dumps({"command": runs[row].command, "old": old, "new": new}))
     points = reproduce.curves(tmp_path)
