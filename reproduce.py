@@ -131,7 +131,8 @@ WEIGHTS = {                         # tried for SegInversion: around SETTINGS, p
     + [f"{flag} --tv 0.3 --bn 10" for flag in ("--fake-lr 0.05", "--fake-lr 0.25", "--fake-steps 100", "--fake-steps 400")]
     + [f"--spectrum 0 --tv {tv} --bn {bn}" for tv, bn in ((0.3, 10), (1, 3), (3, 10))]
     + [f"--spectrum {spectrum} --fake-lr 0.25 --tv 0.355 --bn 1.16" for spectrum in (0, 1)],
-    "shapes": [f"--spectrum {spectrum} --tv {tv} --bn {bn}" for spectrum in (0, 1) for tv, bn in ((0.355, 1.16), (1, 3), (2, 3), (3, 10))],
+    "shapes": [f"--spectrum {spectrum} --fake-lr {lr} --tv {tv} --bn {bn}" for spectrum in (0, 1) for lr in (0.1, 0.25)
+               for tv, bn in ((0.3, 3), (0.3, 10), (1, 3), (1, 10), (3, 3), (3, 10))],
 }
 TITLES = {"rates": "Learning rates (on a fifth of the training images)",
           "table1": "Methods (paper: Table 1)", "table2": "Fakes (paper: Table 2)", "table3": "Aggregation (paper: Table 3)",
