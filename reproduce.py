@@ -48,7 +48,7 @@ SEEDS = (1, 2, 3)
 SETTINGS = {
     "shapes": "--dataset shapes",
     "voc6": "--dataset folder --backbone mobilenet_v2 --crop 96 --batch-size 16 --epochs0 6 --epochs 8 --lr0 0.02 --lr 0.003 "
-            "--num-fakes 64 --fake-steps 200 --fake-classes 1 --fake-lr 0.1 --tv 0.3 --bn 10 --workers 1",
+            "--num-fakes 64 --fake-steps 200 --fake-classes 1 --fake-lr 0.1 --workers 1",
 }
 SETTINGS["voc6-dev"] = SETTINGS["voc6"]
 TASK = {"shapes": "15-1", "voc6": "4-1"}                    # of the searches, the judges and the pictures

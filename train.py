@@ -89,8 +89,8 @@ def parse(argv=None):
     a("--fake-classes", type=int, default=3, help="most foreground classes in one fake (paper's Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
-    a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes are noisy")
-    a("--bn", type=float, default=1.16, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
+    a("--tv", type=float, default=0.3, help="weight of the total variation; raise it if fakes are noisy")
+    a("--bn", type=float, default=10.0, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
     a("--spectrum", type=float, default=1.0, help="ours: 1 / f^SPECTRUM noise and gradients in SegInversion; 0: plain Adam from "
       "white noise")
     a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
