@@ -12,7 +12,7 @@ step 0 of their first (--step0), as far as their method allows, and the fakes ma
 
 What was chosen was chosen on training images: learning rates on voc6-dev, whose test set is every fifth
 training image of voc6 (table "rates"); the weights of SegInversion by a judge, the Joint network of a seed
-that no table has (table "synthesis").
+that no table has (--only weights).
 """
 import argparse
 import contextlib
@@ -57,6 +57,9 @@ ORACLE = "--fake real"                                      # not in train.py: o
 PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()      # what the fakes of a step 0 hang upon
 
 
+LATER = ("lr", "epochs", "lam", "num_fakes")                # does not matter to a step 0 and 16 fakes of it
+
+
 class Run(NamedTuple):
     dataset: str
     task: str
@@ -77,6 +80,14 @@ class Run(NamedTuple):
     def args(self):                 # of train.py, which does not know the oracle
         return train.parse(self.command.replace(ORACLE, "--fake seginversion").split())
 
+    @property
+    def settings(self):             # what matters to it: train.py's, defaults written out, but for those that it does not use
+        method, real = METHODS[self.args.method], ORACLE in self.flags
+        unused = {"out", "data_root", "step0", "pretrained", "workers", "compile", "amp"} | ({"lr", "epochs"} if method.offline else set())
+        if self.args.fake != "seginversion" or real:
+            unused |= set(PLAN) - (set() if self.args.fake == "none" else {"num_fakes", "fake_batch"})
+        return {"images": self.dataset, "real": real, **{key: value for key, value in vars(self.args).items() if key not in unused}}
+
 
 class Place(NamedTuple):
     roots: dict                     # data set -> its --data-root; "weights" -> MobileNetV2's
@@ -85,12 +96,12 @@ class Place(NamedTuple):
     extra: tuple = ()               # more flags for train.py
 
 
-def same_run(command, run):
-    """Whether a record's command is that of a run. SegInversion's flags count where there are fakes, later steps' where there are any."""
-    real, settings = ORACLE in command, vars(train.parse(command.removeprefix("train.py ").replace(ORACLE, "").split()))
-    ours = vars(run.args)
-    ignored = [*(PLAN if ours["fake"] == "none" else ()), *(("lr", "epochs") if METHODS[ours["method"]].offline else ())]
-    return real == (ORACLE in run.flags) and all(settings[k] == ours[k] for k in ours if k not in ignored)
+def recorded(path, run, ignored=()):
+    """What a file holds, if it is of that run's settings as they are now, else None. It may be too old to know a flag."""
+    if path.exists():
+        record = json.loads(path.read_text())
+        if all(run.settings.get(key) == value for key, value in record["settings"].items() if key not in ignored):
+            return record
 
 
 def plain(flags):
@@ -122,8 +133,8 @@ CURVES = {                          # distillation weights; None is the method's
     **{f"MiB, {lam or 10}": "--method mib" + (f" --lam {lam}" if lam else "") for lam in (1, 3, None, 30, 100)},
     **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}" for lam in (0, 0.3, None, 3, 10)},
 }
-RATES = ("0.001", "0.003", "0.01", "0.03")                  # tried on voc6-dev; these methods do not take SETTINGS' --lr
-CHOSEN = {"--method ft": "--lr 0.03", "--method mib": "--lr 0.01"}
+RATES = ("0.001", "0.003", "0.01", "0.03")                  # tried on voc6-dev
+CHOSEN = {"--method ft": "--lr 0.03", "--method mib": "--lr 0.01"}        # LwF's and HRHF's are SETTINGS' 
 WEIGHTS = {                         # tried for SegInversion: around SETTINGS, published ones, other sizes and batches
     "voc6": [f"--tv {tv} --bn {bn}" for tv in (0.1, 0.3, 1) for bn in (3, 10, 30)]
     + [f"{flag} --tv {tv} --bn 10" for flag in ("--crop 64", "--crop 128") for tv in (0.1, 0.3, 1)]
@@ -149,8 +160,7 @@ def study():
         return [Run(dataset, task, setting, row, rate(flags), seed) for seed in seeds for row, flags in rows.items()]
     first = SEEDS[:1]
     tables = {
-        "rates": runs({f"{row}, {lr}": (MAIN[row] + (f" --lr {lr}" if f"--lr {lr} " not in SETTINGS["voc6"] else "")).strip()
-                       for row in ("FT", "LwF", "MiB", "HRHF") for lr in RATES}, "voc6-dev", "4-1", first),
+        "rates": runs({f"{row}, {lr}": f"{MAIN[row]} --lr {lr}".strip() for row in ("FT", "LwF", "MiB", "HRHF") for lr in RATES}, "voc6-dev", "4-1", first),
         "table1": runs(MAIN, "voc6", "4-1") + runs(MAIN, "voc6", "3-1")
         + [run for task in ("15-1", "15-5", "19-1") for run in runs(MAIN, "shapes", task) + runs(OTHERS, "shapes", task, first)]
         + runs(OTHERS, "voc6", "4-1", first) + runs(OTHERS, "voc6", "3-1", first)
@@ -259,11 +269,12 @@ def perform(run, place, network=False):
     """
     result, folder = place.results / f"{run.name}.json", place.runs / run.name
     with alone(folder):
-        known = same_run(json.loads(result.read_text())["command"], run) if result.exists() else None
-        checkpoints = list(folder.glob("step-*.pth"))
-        if known and (checkpoints or not network):
+        checkpoints, begun = list(folder.glob("step-*.pth")), folder / "settings.json"
+        if recorded(result, run) and (checkpoints or not network):
             return
-        if known is False or (folder / "results.json").exists() and not checkpoints:
+        there = json.loads(begun.read_text()) if begun.exists() else {}
+        if any(there.get(key, value) != value for key, value in run.settings.items() if not place.extra) \
+                or (folder / "results.json").exists() and not checkpoints:
             shutil.rmtree(folder, ignore_errors=True)       # of another schedule, or with nothing left to go on from
         print(f"reproduce.py: {run.name}", flush=True)
         args, shared = run.args, shared_step0(run, place)
@@ -281,7 +292,7 @@ def perform(run, place, network=False):
         if fakes and not first_fakes.exists():
             copy_folder(folder / "fakes-step-1", first_fakes)
         final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
-        record = {"command": f"train.py {run.command}", "commit": commit(), "versions": scores["versions"],
+        record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": commit(), "versions": scores["versions"],
                   "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
                   "iou": scores["steps"][-1]["iou"], "seconds": seconds}
         if fakes and not run.flags and not place.extra and run.dataset in TASK:
@@ -309,14 +320,25 @@ def step0(dataset, place):
     return shared_step0(fine_tuning, place)
 
 
+def inversion(dataset, flags):
+    """The run whose first 16 fakes try_weights makes."""
+    return Run(dataset, TASK[dataset], "disjoint", flags, flags, SEEDS[0])
+
+
+def tried(dataset, flags, results):
+    """try_weights' record, if there is one."""
+    return recorded(results / f"weights-{dataset}-{plain(flags)}.json", inversion(dataset, flags), LATER)
+
+
 def try_weights(dataset, flags, place):
     """16 fakes of a step 0 with these flags of SegInversion, judged; on training images alone."""
-    result = place.results / f"weights-{dataset}-{plain(flags)}.json"
-    if result.exists():
+    if tried(dataset, flags, place.results):
         return
+    result = place.results / f"weights-{dataset}-{plain(flags)}.json"
     print(f"reproduce.py: {result.stem}", flush=True)
     teacher, folder = step0(dataset, place), place.runs / result.stem
-    args = train.parse(f"{SETTINGS[dataset]} --task {TASK[dataset]} {flags}".split())
+    shutil.rmtree(folder, ignore_errors=True)               # of other settings
+    args = inversion(dataset, flags).args
     model, _ = load_model(teacher)
     paths = synthesize(model, folder, 16, size=args.crop, batch_size=args.fake_batch, r=args.r, most=args.fake_classes,
                        seed=derive_seed(SEEDS[0], 1, 2), steps=args.fake_steps, lr=args.fake_lr, tv=args.tv, bn=args.bn,
@@ -324,7 +346,7 @@ def try_weights(dataset, flags, place):
     save_fakes(model, paths, place.runs / f"{result.stem}.png")
     scores = judged(folder, teacher, dataset, place)
     write_atomically(result, lambda p: p.write_text(json.dumps(
-        {"dataset": dataset, "flags": flags, "commit": commit(), "fakes": scores}, indent=1) + "\n"))
+        {"settings": inversion(dataset, flags).settings, "commit": commit(), "fakes": scores}, indent=1) + "\n"))
 
 
 def figure4_runs():
@@ -369,18 +391,20 @@ def curves(results):
 
 def beaten_points(points, method, other):
     """How many weights of another method are worse than one of this method in old and new at once."""
-    worse = [any(old > o and new > n for _, old, new, _ in points.get(method, ())) for _, o, n, _ in points.get(other, ())]
-    return f"{sum(worse)} of {other}'s {len(worse)} weights: a weight of {method} is better in old and new at once"
+    worse = [any(old > o and new > n for _, old, new, _ in points[method]) for _, o, n, _ in points[other]]
+    return (f"{sum(worse)} of {other}'s {len(worse)} weights: one of {method}'s {len(points[method])} is better in old and new at once")
 
 
 def figure3(place):
     """Same noise, three scales: 64 images of each, out of voc6's step 0; the shares of pixels to figure3.json."""
-    record = place.results / "figure3.json"
-    if record.exists():
+    run, path = inversion("voc6", ""), place.results / "figure3.json"
+    if recorded(path, run, LATER):
         return
-    shares = seginversion.main([*"--classes cat --r 0.5,5,10 --images 64".split(), "--checkpoint", str(step0("voc6", place)),
+    weights = [f"--{flag}={getattr(run.args, name)}" for flag, name in (("steps", "fake_steps"), ("lr", "fake_lr"), ("tv", "tv"), ("bn", "bn"),
+                                                                       ("spectrum", "spectrum"))]
+    shares = seginversion.main([*"--classes cat --r 0.5,5,10 --images 64".split(), *weights, "--checkpoint", str(step0("voc6", place)),
                                 "--out", str(place.results.parent / "figure3.png")])
-    write_atomically(record, lambda p: p.write_text(json.dumps({"commit": commit(), "share": shares}, indent=1) + "\n"))
+    write_atomically(path, lambda p: p.write_text(json.dumps({"settings": run.settings, "commit": commit(), "share": shares}, indent=1) + "\n"))
 
 
 def figure4(place, count=6):
@@ -388,8 +412,8 @@ def figure4(place, count=6):
 
     Writes fakes.png beside it: the first fakes of that HRHF run.
     """
-    picture = place.results.parent / "figure4.png"
-    if picture.exists():
+    picture, record = place.results.parent / "figure4.png", place.results / "figure4.json"
+    if recorded(record, figure4_runs()["HRHF"]):
         return
     models = {row: load_model(network(run, place)) for row, run in figure4_runs().items()}
     fakes = place.runs / figure4_runs()["HRHF"].name / "fakes-step-1.png"
@@ -414,6 +438,8 @@ def figure4(place, count=6):
     for i, text in enumerate(shown):
         ImageDraw.Draw(whole).multiline_text((4, 18 + i * grid.height // count), text.replace(", ", "\n"), "black")
     write_atomically(picture, lambda p: whole.save(p, "PNG"))
+    write_atomically(record, lambda p: p.write_text(json.dumps(
+        {"settings": figure4_runs()["HRHF"].settings, "commit": commit()}, indent=1) + "\n"))
 
 
 # -------------------------------------------------------------------------------------------- the tables
@@ -437,8 +463,7 @@ def claims(table, cells):
     lines = [f"- {text}: **{verdict(scores[a], scores[b])}** ({spread(scores[a])} against {spread(scores[b])})"
              for text, where, a, b in CLAIMS if where == table and a in scores and b in scores]
     h, b, r = ({d["seed"]: d["all"] for d in cells.get(row, ())} for row in (HRHF, BASELINE, REAL))
-    if seeds := h.keys() & b.keys() & r.keys():
-        shares = [(h[seed] - b[seed]) / (r[seed] - b[seed]) for seed in sorted(seeds)]
+    if shares := [(h[seed] - b[seed]) / (r[seed] - b[seed]) for seed in sorted(h.keys() & b.keys() & r.keys()) if r[seed] != b[seed]]:
         lines.append(f"- replay recovery, (HRHF - Baseline) / (real - Baseline): {spread(shares)} %")
     return lines + [""] if lines else []
 
@@ -447,8 +472,7 @@ def cells_of(runs, results):
     """{row: the results of its runs that there are, of the settings as they are now}."""
     cells = {run.row: [] for run in runs}
     for run in runs:
-        path = results / f"{run.name}.json"
-        if path.exists() and same_run((done := json.loads(path.read_text()))["command"], run):
+        if done := recorded(results / f"{run.name}.json", run):
             cells[run.row].append({**done, "seed": run.seed})
     return cells
 
@@ -473,16 +497,17 @@ def report(results):
              "of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
-              + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned."]
+              + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's."]
     lines += ["", "## Weights of SegInversion (on training images)", ""]
     lines += ["16 fakes of step 0 each, in percent, the most convincing first.", MEANING, ""]
     for dataset in WEIGHTS:
-        tried = [json.loads(path.read_text()) for path in sorted(results.glob(f"weights-{dataset}-*.json"))]
-        if not tried:
+        done = {flags: record["fakes"] for flags in WEIGHTS[dataset] if (record := tried(dataset, flags, results))}
+        if not done:
             lines += [f"{dataset} {TASK[dataset]}: not run.", ""]
             continue
-        ranked = sorted(tried, key=lambda t: -statistics.mean(s["judge IoU"] for s in t["fakes"].values()))
-        lines += [f"| {dataset} {TASK[dataset]}{JUDGED_HEAD}", *(judged_row(f"`{t['flags']}`", [t["fakes"]]) for t in ranked), ""]
+        ranked = sorted(done, key=lambda flags: -statistics.mean(s["judge IoU"] for s in done[flags].values()))
+        lines += [f"| {dataset} {TASK[dataset]}{JUDGED_HEAD}", *(judged_row(f"`{flags}`", [done[flags]]) for flags in ranked), "",
+                  f"{len(done)} of {len(WEIGHTS[dataset])} tried.", ""]
     for table, runs in study().items():
         lines += [f"## {TITLES[table]}", ""]
         for column in dict.fromkeys((r.dataset, r.task, r.setting) for r in runs):
@@ -498,7 +523,8 @@ def report(results):
     if points := curves(results):
         lines += ["![old against new mIoU](curves.svg)", "", "The large points are the methods' own weights. MiB's distillation is a mean over the "
                   "old classes, HRHF's a sum.", ""]
-        lines += [f"- {beaten_points(points, 'HRHF', 'MiB')}", f"- {beaten_points(points, 'MiB', 'HRHF')}", ""]
+        if len(points) == 2:
+            lines += [f"- {beaten_points(points, 'HRHF', 'MiB')}", f"- {beaten_points(points, 'MiB', 'HRHF')}", ""]
     fakes = {}
     for run in dict.fromkeys(run._replace(row="HRHF") for runs in study().values() for run in runs if not run.flags):
         for done in cells_of([run], results)["HRHF"]:
@@ -507,11 +533,12 @@ def report(results):
     if fakes:
         lines += ["## How good the fakes are", "", MEANING, "", "| HRHF's fakes of" + JUDGED_HEAD]
         lines += [judged_row(name, scores) for name, scores in fakes.items()] + [""]
-    if (results.parent / "fakes.png").exists():
+    figure4_drawn = recorded(results / "figure4.json", figure4_runs()["HRHF"])
+    if figure4_drawn:
         lines += ["The first fakes of voc6 4-1, seed 1, the inverted network's own segmentation under each:", "", "![fakes](fakes.png)", ""]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
-    if (results / "figure3.json").exists():
-        shares = json.loads((results / "figure3.json").read_text())["share"]
+    if record := recorded(results / "figure3.json", inversion("voc6", ""), LATER):
+        shares = record["share"]
         lines += ["Share of pixels that the inverted network gives to the class asked for, over 64 images; four are drawn.", "",
                   "| r | " + " | ".join(shares) + " |", "|---|" + "---|" * len(shares)]
         lines += [f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |"
@@ -519,7 +546,7 @@ def report(results):
         lines += ["", "![Figure 3](figure3.png)", ""]
     else:
         lines += ["Not run.", ""]
-    lines += ["## Predictions (paper: Figure 4)", "", *(["![Figure 4](figure4.png)"] if (results.parent / "figure4.png").exists() else ["Not run."])]
+    lines += ["## Predictions (paper: Figure 4)", "", "![Figure 4](figure4.png)" if figure4_drawn else "Not run."]
     return "\n".join(lines).rstrip() + "\n"
 
 

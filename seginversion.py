@@ -395,7 +395,9 @@ def parse(argv=None):
     parser.add_argument("--out", default="figure3.png")
     parser.add_argument("--images", type=int, default=16, help="inverted together; the first four are drawn")
     parser.add_argument("--size", type=int, help="height and width; default: as in the checkpoint's run")
-    parser.add_argument("--steps", type=int, help="more for cleaner pictures; default: as in the run")
+    parser.add_argument("--steps", type=int, help="more for cleaner pictures; default of this and the next four: as in the run")
+    for name in ("lr", "tv", "bn", "spectrum"):
+        parser.add_argument(f"--{name}", type=float, help="as --fake-lr of train.py" if name == "lr" else "as in train.py")
     parser.add_argument("--seed", type=int, default=0, help="another one for other noise")
     return parser.parse_args(argv)
 
@@ -410,12 +412,13 @@ def main(argv=None):
     wanted = [0] + [names.index(c) for c in args.classes.split(",")]
     targets = torch.zeros(args.images, len(names))
     targets[:, wanted] = 1
-    for name in ("images", "size", "steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12), ("tv", 0), ("bn", 0), ("spectrum", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name} {value}: must be a finite number, at least {least}")
     if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: name a picture in a folder that is there")
-    options = {**about["inversion"], **({"steps": args.steps} if args.steps else {})}
+    options = {name: before if getattr(args, name) is None else getattr(args, name) for name, before in about["inversion"].items()}
     columns, texts, shares = [], args.r.split(","), {}
     for text in texts:
         r = parse_r(text)

@@ -1146,6 +1146,10 @@ def test_invert_uses_adam_with_warm_up_and_cosine_and_shows_the_network_shifted_
                   if torch.allclose(seen[flip], clamped.roll((dy, dx), (2, 3)), atol=1e-5)}
     assert len(found) > 20 and {flip for flip, _, _ in found} == {0, 1}
     assert {abs(d) for _, *shift in found for d in shift} == set(range(6))
+    shifts, roll = [], torch.roll
+    monkeypatch.setattr(torch, "roll", lambda x, shift, dims: (shifts.extend(map(abs, shift)), roll(x, shift, dims))[1])
+    seginversion.invert(net, one_hot(1), 1.0, size=(8, 256), steps=60)
+    assert max(shifts[::2]) == 1 and 25 < max(shifts[1::2]) <= 30          # never more than 30
 
 
 @pytest.mark.parametrize("spectrum", [0, 0.5, 1, 2])
@@ -1175,7 +1179,7 @@ def test_inversion_starts_from_coloured_noise_and_adam_sees_the_coloured_gradien
         torch.testing.assert_close(given, real(gradient, 1.0))
 
 
-def test_deepinversions_weights_are_among_those_tried_and_the_defaults_are_the_most_convincing():
+def test_deepinversions_weights_are_among_those_to_try_and_the_defaults_are_the_most_convincing_of_a_grid():
     N = 16 * 3 * 512 * 512                                  # its norms are over the whole batch, its sum over 107 layers, the first 10 times
     tv, bn = 1e-4 * math.sqrt(N), 0.01 * (107 + 9)
     assert f"--spectrum 1 --fake-lr 0.25 --tv {tv:.3f} --bn {bn:.2f}" in reproduce.WEIGHTS["voc6"]
@@ -1183,7 +1187,7 @@ def test_deepinversions_weights_are_among_those_tried_and_the_defaults_are_the_m
     assert weights["l2"] == pytest.approx(1e-5 * math.sqrt(N / 16), rel=5e-3)  # norm of each image
     args = train.parse(["--dataset", "voc"])
     assert (args.fake_steps, args.fake_lr, args.tv, args.bn) == tuple(weights[k] for k in ("steps", "lr", "tv", "bn"))
-    judged = lambda flags: json.loads((HERE / f"results/study/weights-voc6-{reproduce.plain(flags)}.json").read_text())["fakes"].values()
+    judged = lambda flags: reproduce.tried("voc6", flags, HERE / "results/study")["fakes"].values()
     grid = [(tv, bn) for tv in (0.1, 0.3, 1) for bn in (3, 10, 30)]
     assert (weights["tv"], weights["bn"]) == max(grid, key=lambda g: sum(s["judge IoU"] for s in judged(f"--tv {g[0]} --bn {g[1]}")))
 
@@ -1666,13 +1670,16 @@ def test_eval_ends_with_one_sentence_on_bad_input(finished, capsys, arguments, s
     assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finished, tmp_path, capsys):
-    command = ["--checkpoint", f"{finished}/run/step-2.pth", "--out", f"{tmp_path}/figure.png", "--images", "4"]
-    seginversion.main([*command, "--classes", "cat,cow", "--r", "0.5,5,max", "--steps", "3"])
+def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finished, tmp_path, monkeypatch):
+    command, options, invert = ["--checkpoint", f"{finished}/run/step-2.pth", "--out", f"{tmp_path}/figure.png", "--images", "4"], [], seginversion.invert
+    monkeypatch.setattr(seginversion, "invert", lambda *a, **given: (options.append(given), invert(*a, **given))[1])
+    seginversion.main([*command, "--classes", "cat,cow", "--r", "0.5,5,max", "--steps", "3", "--tv", "0", "--lr", "0.5"])
+    run = {"bn": 10.0, "spectrum": 1.0}                     # what is not given is the run's
+    assert len(options) == 3 and all(given.items() >= {"steps": 3, "tv": 0.0, "lr": 0.5, **run}.items() for given in options)
     assert Image.open(tmp_path / "figure.png").size == (3 * 34 + 2, 8 * 34 + 2 + 14)
     with pytest.raises(InputError, match="--classes zebra: unknown to this checkpoint, which knows cat, dog, cow"):
         seginversion.main([*command, "--classes", "cat,zebra"])
-    for flag in ("--size 0", "--steps -1", "--images 0", f"--out {tmp_path}", f"--out {tmp_path}/no/f.png", "--r random"):
+    for flag in ("--size 0", "--steps -1", "--images 0", "--bn nan", "--lr 0", f"--out {tmp_path}", f"--out {tmp_path}/no/f.png", "--r random"):
         with pytest.raises(InputError, match=flag.split()[0]):
             seginversion.main([*command, "--classes", "cat", *flag.split()])
     with pytest.raises(InputError, match="no such checkpoint"):
@@ -2227,26 +2234,39 @@ def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finishe
     monkeypatch.setattr(train, "main", lambda flags: (calls.append(flags), real(flags)))
     runs = [reproduce.Run("shapes", "1-1", "disjoint", row, flags, 3) for row, flags in (
         ("Baseline", "--fake none"), ("real", reproduce.ORACLE), ("joint", "--method joint"), ("Baseline", "--fake none"))]
+    place = reproduce.Place(roots, tmp_path / "runs", tmp_path / "results")
     for run in runs:
-        reproduce.perform(run, reproduce.Place(roots, tmp_path / "runs", tmp_path / "results"))
+        reproduce.perform(run, place)
     assert len(calls) == 3 and ["--step0" in flags for flags in calls] == [False, True, False]
     results = [json.loads((tmp_path / f"results/{run.name}.json").read_text()) for run in runs]
     assert results[0]["step 0"] == results[1]["step 0"] and "--fake real" in results[1]["command"]
     assert 0 <= results[0]["all"] <= 1 and len(results[0]["iou"]) == 4
     assert train.synthesize is seginversion.synthesize
     assert not list((tmp_path / "runs").rglob("step-1.pth"))
+    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 2")
+    assert reproduce.cells_of(runs[:1], place.results) == {"Baseline": []}
+    for _ in range(2):                                      # another schedule: once more, and the folder of the first does not stop it
+        reproduce.perform(runs[0], place)
+    assert len(calls) == 4 and json.loads((tmp_path / f"results/{runs[0].name}.json").read_text())["settings"]["epochs"] == 2
 
 
-def test_a_record_is_of_a_run_if_all_that_matters_to_it_is_equal():
+def test_a_record_is_of_a_run_if_all_that_matters_to_it_is_equal(tmp_path, monkeypatch):
     run = lambda flags: reproduce.Run("voc6", "4-1", "disjoint", "x", flags, 1)
-    command = lambda flags: f"train.py {run(flags).command}"
-    for flags in ("--method mib", "--fake none"):           # no fakes: their flags do not matter
-        assert reproduce.same_run(command(f"{flags} --bn 77 --num-fakes 5"), run(flags)) and not reproduce.same_run(command(f"{flags} --lr 7"), run(flags))
-    for flags in ("", "--fake noise", reproduce.ORACLE):
-        assert reproduce.same_run(command(flags), run(flags)) and not reproduce.same_run(command(f"{flags} --num-fakes 5"), run(flags))
-    assert reproduce.same_run(command("--method joint --lr 7"), run("--method joint"))         # which has no later steps
-    assert not reproduce.same_run(command(""), run(reproduce.ORACLE)) and not reproduce.same_run(command(reproduce.ORACLE), run(""))
-    assert not reproduce.same_run(command(""), run("")._replace(seed=2))
+
+    def same(written, read):
+        (tmp_path / "record.json").write_text(json.dumps({"settings": written.settings}))
+        return bool(reproduce.recorded(tmp_path / "record.json", read))
+
+    for flags, matters, does_not in (("--method mib", "--lr 7", "--bn 77 --num-fakes 5"), ("--fake none", "--lam 0", "--bn 77 --num-fakes 5"),
+                                     ("--fake noise", "--num-fakes 5", "--bn 77 --r 1"), (reproduce.ORACLE, "--num-fakes 5", "--bn 77 --r 1"),
+                                     ("", "--bn 77", "--workers 2"), ("", "--r 1", ""), ("", "--real-fake 1:2", ""), ("--method joint", "--lr0 7", "--lr 7")):
+        assert same(run(f"{flags} {does_not}"), run(flags)) and not same(run(f"{flags} {matters}"), run(flags))
+    assert not same(run(""), run(reproduce.ORACLE)) and not same(run(reproduce.ORACLE), run("")) and not same(run(""), run("")._replace(seed=2))
+    assert not same(run("")._replace(dataset="voc6-dev"), run("")) and not reproduce.recorded(tmp_path / "none.json", run(""))
+    shapes = run("")._replace(dataset="shapes")
+    assert same(shapes, shapes)
+    monkeypatch.setitem(train.DATASET_DEFAULTS["shapes"], "tv", 77.0)       # a default that moved makes the record another's
+    assert not reproduce.recorded(tmp_path / "record.json", shapes)
 
 
 def test_the_oracle_replays_real_images_of_the_steps_before_and_no_others(finished, tmp_path):
@@ -2276,8 +2296,10 @@ def test_fakes_of_the_study_are_shared_and_judged_by_a_network_of_another_seed(f
     monkeypatch.setattr(train, "synthesize", lambda net, folder, *a, **k: (made.append((folder, (folder / "manifest.jsonl").exists())),
                                                                            synthesize(net, folder, *a, **k))[1])
     place = reproduce.Place({"shapes": finished / "data"}, tmp_path / "runs", tmp_path / "results")
-    for run in runs[:2]:
+    other = reproduce.Run("shapes", "1-1", "disjoint", "more steps", "--fake-steps 3", 1)
+    for run in (*runs[:2], other):
         reproduce.perform(run, place)
+    assert made.pop()[0].parent.name == other.name and made.pop()[1] is False       # fakes of other settings are its own
     assert [(folder.parent.name, folder.name, there) for folder, there in made] == [
         (runs[0].name, "fakes-step-1", False), (runs[0].name, "fakes-step-2", False),
         (runs[1].name, "fakes-step-1", True), (runs[1].name, "fakes-step-2", False)]
@@ -2286,13 +2308,15 @@ def test_fakes_of_the_study_are_shared_and_judged_by_a_network_of_another_seed(f
     fakes = json.loads((tmp_path / f"results/{runs[0].name}.json").read_text())["fakes"]
     assert {step: list(scores) for step, scores in fakes.items()} == {"1": ["cat"], "2": ["cat", "dog"]}
     assert all(0 <= s[key] <= 1 for scores in fakes.values() for s in scores.values() for key in ("found", "judge found", "real size"))
+    monkeypatch.setitem(reproduce.WEIGHTS, "shapes", ["--tv 0.5 --spectrum 0", "--tv 9"])
     for _ in range(2):                                      # the second finds it done
         reproduce.try_weights("shapes", "--tv 0.5 --spectrum 0", place)
     record = json.loads((tmp_path / "results/weights-shapes-tv-0.5-spectrum-0.json").read_text())
     plan = json.loads((tmp_path / "runs/weights-shapes-tv-0.5-spectrum-0/plan.json").read_text())
+    assert not reproduce.tried("shapes", "--tv 0.5", place.results) and record["settings"]["tv"] == 0.5
     assert list(record["fakes"]) == ["cat"] and record["fakes"]["cat"]["images"] == 16 and (plan["tv"], plan["spectrum"]) == (0.5, 0)
     text = reproduce.report(tmp_path / "results")
-    assert "`--tv 0.5 --spectrum 0`" in text and "| shapes 1-1 disjoint, step 2 |" in text
+    assert "`--tv 0.5 --spectrum 0`" in text and "1 of 2 tried." in text and "| shapes 1-1 disjoint, step 2 |" in text
 
 
 def test_judged_fakes_become_means_over_classes_and_seeds():
@@ -2325,7 +2349,9 @@ def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     runs = {run.row: run for run in reproduce.study()["curves"]}
     assert len(runs) == 10 and runs["MiB, 10"].flags == "--method mib --lr 0.01" and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
     for row, old, new in (("MiB, 10", 0.2, 0.1), ("MiB, 30", 0.3, 0.05), ("HRHF, 0", 0.1, 0.4)):
-        (tmp_path / f"{runs[row].name}.json").write_text(json.dumps({"command": runs[row].command, "old": old, "new": new}))
+        (tmp_path / f"{runs[row].name}.json").write_text(json.dumps({"settings": runs[row].settings, "old": old, "new": new}))
+    stale = runs["HRHF, 3"]._replace(flags="--lam 3 --lr 7")                # under the name of a run that it is not
+    (tmp_path / f"{runs['HRHF, 3'].name}.json").write_text(json.dumps({"settings": stale.settings, "old": 0.9, "new": 0.9}))
     points = reproduce.curves(tmp_path)
     assert points == {"MiB": [("10", 20, 10, True), ("30", 30, 5, False)], "HRHF": [("0", 10, 40, False)]}
     drawn = ElementTree.fromstring(reproduce.draw_curves(points))
@@ -2337,12 +2363,12 @@ def test_the_curves_are_drawn_where_the_results_are(tmp_path):
 
 
 def test_the_chosen_learning_rates_are_the_best_of_those_tried():
+    cells = reproduce.cells_of(reproduce.study()["rates"], HERE / "results/study")
+    assert cells["HRHF, 0.003"]                             # the others are compared as far as they have been run
     for method in ("FT", "LwF", "MiB", "HRHF"):
-        tried = {run: HERE / f"results/study/{run.name}.json" for run in reproduce.study()["rates"] if run.row.startswith(f"{method}, ")}
-        if all(path.exists() for path in tried.values()):
-            best = max(tried, key=lambda run: json.loads(tried[run].read_text())["all"])
-            chosen = next(run for run in reproduce.study()["table1"] if run.dataset == "voc6" and run.row == method)
-            assert best.args.lr == chosen.args.lr
+        tried = {float(row.split(", ")[1]): done[0]["all"] for row, done in cells.items() if done and row.startswith(f"{method}, ")}
+        chosen = next(run for run in reproduce.study()["table1"] if run.dataset == "voc6" and run.row == method)
+        assert not tried or max(tried, key=tried.get) == chosen.args.lr
 
 
 def test_the_learning_rates_are_tried_on_training_images_alone(finished, tmp_path):
