@@ -497,7 +497,8 @@ def report(results):
              "of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
-              + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's."]
+              + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's.",
+              "Rates that their table calls not run were chosen in trials of four epochs a step that are not recorded."]
     lines += ["", "## Weights of SegInversion (on training images)", ""]
     lines += ["16 fakes of step 0 each, in percent, the most convincing first.", MEANING, ""]
     for dataset in WEIGHTS:
