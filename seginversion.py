@@ -181,7 +181,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0, tv=0.3, l2=0
              cosine to 0; the noise, shifts and flips come from `seed` alone (the global random state
              is not touched)
     tv, l2, bn: weights of the terms of R(x). Each term is a mean, so a weight keeps its meaning at another size, batch
-             or network. tv and bn are results/README.md's most convincing; DeepInversion's are 0.355 and 1.16.
+             or network. tv and bn come from results/README.md; DeepInversion's are 0.355 and 1.16.
     spectrum: of the noise (standard deviation 1), and the gradient is coloured alike before Adam sees it: ours.
              Adam gives every pixel a step of one size, so that noise grows as fast as objects do; this lets the
              large shapes come first. 0 is white noise and the plain gradient.
