@@ -1064,8 +1064,9 @@ def test_compiled_inversion_takes_the_same_steps_and_compiles_once_for_all_batch
     torch.testing.assert_close(compiled, losses(False, 1))
 
 
-def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images():
+def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images(monkeypatch):
     net, seen = tiny((4,)), []
+    monkeypatch.setattr(torch, "roll", lambda x, *_, **__: x)               # an untrained network takes a shifted image for another
     with torch.no_grad():
         for _ in range(20):
             net(torch.randn(8, 3, 32, 32))                  # statistics to match
