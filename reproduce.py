@@ -55,8 +55,6 @@ TASK = {"shapes": "15-1", "voc6": "4-1"}                    # of the searches, t
 JUDGE = 7                                                   # the seed of a Joint network that judges fakes
 ORACLE = "--fake real"                                      # not in train.py: outside the protocol
 PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()      # what the fakes of a step 0 hang upon
-
-
 LATER = ("lr", "epochs", "lam", "num_fakes")                # does not matter to a step 0 and 16 fakes of it
 
 
@@ -134,7 +132,7 @@ CURVES = {                          # distillation weights; None is the method's
     **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}" for lam in (0, 0.3, None, 3, 10)},
 }
 RATES = ("0.001", "0.003", "0.01", "0.03")                  # tried on voc6-dev
-CHOSEN = {"--method ft": "--lr 0.03", "--method mib": "--lr 0.01"}        # LwF's and HRHF's are SETTINGS' 
+CHOSEN = {"--method ft": "--lr 0.03", "--method mib": "--lr 0.01"}        # LwF's and HRHF's are in SETTINGS
 WEIGHTS = {                         # tried for SegInversion: around SETTINGS, published ones, other sizes and batches
     "voc6": [f"--tv {tv} --bn {bn}" for tv in (0.1, 0.3, 1) for bn in (3, 10, 30)]
     + [f"{flag} --tv {tv} --bn 10" for flag in ("--crop 64", "--crop 128") for tv in (0.1, 0.3, 1)]
@@ -498,7 +496,7 @@ def report(results):
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
               + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's.",
-              "Rates that their table calls not run were chosen in trials of four epochs a step that are not recorded."]
+              "FT's, LwF's and MiB's were chosen in trials of four epochs a step that are not recorded."]
     lines += ["", "## Weights of SegInversion (on training images)", ""]
     lines += ["16 fakes of step 0 each, in percent, by judge IoU. Of `--tv` and `--bn` the defaults of train.py are the best with found > 95.", MEANING, ""]
     for dataset in WEIGHTS:

@@ -418,7 +418,8 @@ def main(argv=None):
             raise InputError(f"--{name} {value}: must be a finite number, at least {least}")
     if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: name a picture in a folder that is there")
-    options = {name: before if getattr(args, name) is None else getattr(args, name) for name, before in about["inversion"].items()}
+    given = {name: getattr(args, name) for name in ("steps", "lr", "tv", "bn", "spectrum")}
+    options = {**about["inversion"], **{name: value for name, value in given.items() if value is not None}}
     columns, texts, shares = [], args.r.split(","), {}
     for text in texts:
         r = parse_r(text)
