@@ -377,14 +377,13 @@ def draw_curves(points):
 
 
 def curves(results):
-    """draw_curves' points out of the results there are, if enough for a line: means over the seeds, a point per weight."""
-    points = {}
-    for row, done in cells_of(study()["curves"], results).items():
+    """draw_curves' points, means over the seeds; none before every weight has a result."""
+    cells, points = cells_of(study()["curves"], results), {}
+    for row, done in cells.items() if all(cells.values()) else ():
         method, name = row.split(", ")
-        if done:
-            old, new = (100 * statistics.mean(d[key] for d in done) for key in ("old", "new"))
-            points.setdefault(method, []).append((name, old, new, CURVES[row] == MAIN[method]))
-    return points if any(len(places) > 1 for places in points.values()) else {}
+        old, new = (100 * statistics.mean(d[key] for d in done) for key in ("old", "new"))
+        points.setdefault(method, []).append((name, old, new, CURVES[row] == MAIN[method]))
+    return points
 
 
 def beaten_points(points, method, other):
@@ -522,8 +521,7 @@ def report(results):
     if points := curves(results):
         lines += ["![old against new mIoU](curves.svg)", "", "The large points are the methods' own weights. MiB's distillation is a mean over the "
                   "old classes, HRHF's a sum.", ""]
-        if len(points) == 2:
-            lines += [f"- {beaten_points(points, 'HRHF', 'MiB')}", f"- {beaten_points(points, 'MiB', 'HRHF')}", ""]
+        lines += [f"- {beaten_points(points, 'HRHF', 'MiB')}", f"- {beaten_points(points, 'MiB', 'HRHF')}", ""]
     fakes = {}
     for run in dict.fromkeys(run._replace(row="HRHF") for runs in study().values() for run in runs if not run.flags):
         for done in cells_of([run], results)["HRHF"]:

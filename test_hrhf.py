@@ -2351,12 +2351,17 @@ def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_
 def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     runs = {run.row: run for run in reproduce.study()["curves"]}
     assert len(runs) == 10 and runs["MiB, 10"].flags == "--method mib --lr 0.01" and runs["HRHF, 1"].flags == reproduce.MAIN["HRHF"]
-    for row, old, new in (("MiB, 10", 0.2, 0.1), ("MiB, 30", 0.3, 0.05), ("HRHF, 0", 0.1, 0.4)):
-        (tmp_path / f"{runs[row].name}.json").write_text(json.dumps({"settings": runs[row].settings, "old": old, "new": new}))
-    stale = runs["HRHF, 3"]._replace(flags="--lam 3 --lr 7")                # under the name of a run that it is not
-    (tmp_path / f"{runs['HRHF, 3'].name}.json").write_text(json.dumps({"settings": stale.settings, "old": 0.9, "new": 0.9}))
+    assert not reproduce.curves(tmp_path)
+    stale = {"HRHF, 3": runs["HRHF, 3"]._replace(flags="--lam 3 --lr 7")}     # under the name of a run that it is not
+    for i, (row, run) in enumerate(runs.items()):
+        record = {"settings": stale.get(row, run).settings, "old": i / 20, "new": 0.4 - i / 50}
+        (tmp_path / f"{run.name}.json").write_text(json.dumps(record))
+    assert not reproduce.curves(tmp_path)
+    (tmp_path / f"{runs['HRHF, 3'].name}.json").write_text(json.dumps({**record, "settings": runs["HRHF, 3"].settings}))
     points = reproduce.curves(tmp_path)
-    assert points == {"MiB": [("10", 20, 10, True), ("30", 30, 5, False)], "HRHF": [("0", 10, 40, False)]}
+    assert [len(points[method]) for method in ("MiB", "HRHF")] == [5, 5] and points["MiB"][2] == ("10", 10, pytest.approx(36), True)
+    assert [name for places in points.values() for name, *_, own in places if own] == ["10", "1"]
+    points = {"MiB": [("10", 20, 10, True), ("30", 30, 5, False)], "HRHF": [("0", 10, 40, False)]}
     drawn = ElementTree.fromstring(reproduce.draw_curves(points))
     circles = [tuple(float(c.get(key)) for key in ("cx", "cy", "r")) for c in drawn.iter("{http://www.w3.org/2000/svg}circle")]
     assert circles == [(260, 340, 7), (365, 392.5, 4), (155, 25, 4)]       # 420 units are 40 %, from (50, 445) on
