@@ -497,7 +497,8 @@ def report(results):
               + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's.",
               "FT's, LwF's and MiB's were chosen in trials of four epochs a step that are not recorded."]
     lines += ["", "## Weights of SegInversion (on training images)", ""]
-    lines += ["16 fakes of step 0 each, in percent, by judge IoU. Of `--tv` and `--bn` the defaults of train.py are the best with found > 95.", MEANING, ""]
+    lines += ["16 fakes of step 0 each, in percent, by judge IoU. On voc6, of `--tv` and `--bn`, the defaults of train.py are the best with",
+              "found > 95. The ones of shapes, 2 and 3 at its rate 0.25, lie between its two best with `--spectrum 1`.", MEANING, ""]
     for dataset in WEIGHTS:
         done = {flags: record["fakes"] for flags in WEIGHTS[dataset] if (record := tried(dataset, flags, results))}
         if not done:

@@ -1195,6 +1195,17 @@ def test_deepinversions_weights_are_among_those_to_try_and_the_defaults_are_the_
     assert (weights["tv"], weights["bn"]) == max(finds, key=lambda pair: mean(grid[pair], "judge IoU"))
 
 
+def test_shapes_own_weights_lie_between_the_two_best_of_its_trials():
+    def judge_iou(flags):
+        judged = reproduce.tried("shapes", flags, HERE / "results/study")["fakes"].values()
+        return sum(s["judge IoU"] for s in judged) / len(judged)
+    own = train.parse([])
+    tries = [flags for flags in reproduce.WEIGHTS["shapes"] if reproduce.inversion("shapes", flags).args.spectrum == own.spectrum]
+    best = [reproduce.inversion("shapes", flags).args for flags in sorted(tries, key=judge_iou)[-2:]]
+    assert len(tries) == 12 and {(a.fake_lr, a.bn) for a in best} == {(own.fake_lr, own.bn)}
+    assert min(a.tv for a in best) < own.tv < max(a.tv for a in best)
+
+
 def test_synthesize_asks_for_background_everywhere_and_draws_r_per_image_and_class(tmp_path, monkeypatch):
     asked, real_invert = [], seginversion.invert
     monkeypatch.setattr(seginversion, "invert", lambda net, targets, r, **options: (
