@@ -393,13 +393,16 @@ def beaten_points(points, method, other):
 
 
 def figure3(place):
-    """Same noise, three scales: 64 images of each, out of voc6's step 0; the shares of pixels to figure3.json."""
+    """Same noise, three scales: 64 images of each, out of voc6's step 0; the shares of pixels to figure3.json.
+
+    The images take the classes in turn, as the fakes do: the statistics that --bn asks a batch for are those of all classes.
+    """
     run, path = inversion("voc6", ""), place.results / "figure3.json"
     if recorded(path, run, LATER):
         return
     weights = [f"--{flag}={getattr(run.args, name)}" for flag, name in (("steps", "fake_steps"), ("lr", "fake_lr"), ("tv", "tv"), ("bn", "bn"),
                                                                        ("spectrum", "spectrum"))]
-    shares = seginversion.main([*"--classes cat --r 0.5,5,10 --images 64".split(), *weights, "--checkpoint", str(step0("voc6", place)),
+    shares = seginversion.main([*"--classes cat cow dog horse --r 0.5,5,10 --images 64".split(), *weights, "--checkpoint", str(step0("voc6", place)),
                                 "--out", str(place.results.parent / "figure3.png")])
     write_atomically(path, lambda p: p.write_text(json.dumps({"settings": run.settings, "commit": commit(), "share": shares}, indent=1) + "\n"))
 
@@ -537,10 +540,12 @@ def report(results):
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     if record := recorded(results / "figure3.json", inversion("voc6", ""), LATER):
         shares = record["share"]
-        lines += ["Share of pixels that the inverted network gives to the class asked for, over 64 images; four are drawn.", "",
+        classes = [name for name in next(iter(shares.values())) if name != "background"]
+        lines += [f"Share of pixels that the inverted network gives to the class asked for: 64 images of every r, "
+                  f"{64 // len(classes)} of a class; one of each is drawn.", "",
                   "| r | " + " | ".join(shares) + " |", "|---|" + "---|" * len(shares)]
-        lines += [f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |"
-                  for name in next(iter(shares.values())) if name != "background"]
+        lines += [f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |" for name in classes]
+        lines += ["| all | " + " | ".join(f"{100 * statistics.mean(share[name] for name in classes):.1f} %" for share in shares.values()) + " |"]
         lines += ["", "![Figure 3](figure3.png)", ""]
     else:
         lines += ["Not run.", ""]

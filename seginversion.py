@@ -390,7 +390,8 @@ def segment(model, x):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Figure 3: the same noise inverted at several r.")
     parser.add_argument("--checkpoint", required=True, help="step-<k>.pth of a run")
-    parser.add_argument("--classes", required=True, help="names, with commas: horse,person (background is added)")
+    parser.add_argument("--classes", nargs="+", required=True,
+                        help="names, with commas: horse,person (background is added). Several such sets: the images take them in turn")
     parser.add_argument("--r", default="0.5,5,10", help="one column of the picture each; also avg and max")
     parser.add_argument("--out", default="figure3.png")
     parser.add_argument("--images", type=int, default=16, help="inverted together; the first four are drawn")
@@ -406,13 +407,11 @@ def main(argv=None):
     args = parse(argv)
     model, about = load_model(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
     names = about["classes"]
-    unknown = [c for c in args.classes.split(",") if c not in names[1:]]
+    asked = [group.split(",") for group in args.classes]
+    unknown = [c for group in asked for c in group if c not in names[1:]]
     if unknown:
         raise InputError(f"--classes {unknown[0]}: unknown to this checkpoint, which knows {', '.join(names[1:])}")
-    wanted = [0] + [names.index(c) for c in args.classes.split(",")]
-    targets = torch.zeros(args.images, len(names))
-    targets[:, wanted] = 1
-    for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12), ("tv", 0), ("bn", 0), ("spectrum", 0)):
+    for name, least in (("images", len(asked)), ("size", 1), ("steps", 1), ("lr", 1e-12), ("tv", 0), ("bn", 0), ("spectrum", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             raise InputError(f"--{name} {value}: must be a finite number, at least {least}")
@@ -420,6 +419,9 @@ def main(argv=None):
         raise InputError(f"--out {args.out}: name a picture in a folder that is there")
     given = {name: getattr(args, name) for name in ("steps", "lr", "tv", "bn", "spectrum")}
     options = {**about["inversion"], **{name: value for name, value in given.items() if value is not None}}
+    targets = torch.zeros(args.images, len(names))
+    for i in range(args.images):
+        targets[i, [0] + [names.index(c) for c in asked[i % len(asked)]]] = 1
     columns, texts, shares = [], args.r.split(","), {}
     for text in texts:
         r = parse_r(text)
@@ -427,9 +429,10 @@ def main(argv=None):
             raise InputError("--r random: name the scales to compare instead, such as 0.5,5,10")
         x = invert(model, targets, r, size=args.size or about["crop"], seed=args.seed, **options)
         with frozen(model), torch.inference_mode():
-            share = F.one_hot(model(x).argmax(1), len(names)).float().mean((0, 1, 2))
-        shares[text] = {names[c]: round(share[c].item(), 3) for c in wanted}
-        print(f"r = {text}: share of pixels", shares[text])
+            found = F.one_hot(model(x).argmax(1).cpu(), len(names)).float().mean((1, 2))        # (B, C)
+        shares[text] = {name: round(found[targets[:, c] > 0, c].mean().item(), 3)
+                        for c, name in enumerate(names) if targets[:, c].any()}
+        print(f"r = {text}: share of pixels, in the images that ask for the class", shares[text])
         columns.append([p for pair in zip(data.denormalise(x[:4]).cpu(), segment(model, x[:4])) for p in pair])
     save_grid([picture for row in zip(*columns) for picture in row], len(columns), args.out)
     grid = Image.open(args.out)

@@ -1700,6 +1700,24 @@ def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finis
         seginversion.main(["--checkpoint", "nowhere.pth", "--classes", "cat"])
 
 
+def test_figure_3_deals_several_sets_of_classes_to_the_images_and_measures_each_class_where_it_was_asked_for(tmp_path, monkeypatch):
+    made, invert, names = [], seginversion.invert, ["background", "cat", "dog", "cow"]
+    model = torch.nn.Conv2d(3, 4, 1).requires_grad_(False)
+    model.weight.copy_(torch.randn(model.weight.shape, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(seginversion, "load_model", lambda *_: (model, {"classes": names, "crop": 12, "inversion": {"steps": 2}}))
+    monkeypatch.setattr(seginversion, "invert", lambda model, targets, *a, **k: made.append((targets, invert(model, targets, *a, **k))) or made[-1][1])
+    command = ["--checkpoint", "any.pth", "--out", f"{tmp_path}/figure.png", "--r", "0.5,5", "--classes", "cow", "cat,dog"]
+    shares = seginversion.main([*command, "--images", "5"])
+    asked = [[1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 1], [1, 1, 1, 0], [1, 0, 0, 1]]
+    for (targets, x), found in zip(made, shares.values(), strict=True):
+        assert targets.tolist() == asked and len(set(found.values())) == 4
+        for c, name in enumerate(names):
+            share = [(model(x[i:i + 1]).argmax(1) == c).float().mean().item() for i in range(5) if asked[i][c]]
+            assert found[name] == pytest.approx(sum(share) / len(share), abs=6e-4)
+    with pytest.raises(InputError, match="--images 1: must be a finite number, at least 2"):
+        seginversion.main([*command, "--images", "1"])
+
+
 # --------------------------------------------------------------------------------------- baselines.py
 
 def naive_losses(s, t, labels):
