@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -481,7 +482,9 @@ SECTIONS = {"losses": losses, "inversion": inversion, "training": training, "sca
 
 
 def commit():
-    """The code's commit; results may have changed since."""
+    """The code's commit; results may have changed since. "unknown" without git."""
+    if not shutil.which("git"):
+        return "unknown"
     git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
     changes = git("diff", "--name-only", "HEAD", "--", "*.py").stdout.strip()
     return (git("describe", "--always").stdout.strip() or "unknown") + (" and changes" if changes else "")

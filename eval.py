@@ -269,15 +269,21 @@ def judge_fakes(folder, teacher, dataset, judge=None):
     judge    the same share as found, by the judge; and its IoU with the teacher's map over all fakes asked (0 if neither finds it)
     """
     names, sums = teacher[1], {}
-    for line in (folder / "manifest.jsonl").read_text().splitlines():
-        fake = json.loads(line)
-        x = data.read_image(folder / fake["file"])
+    try:
+        fakes = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        asked = [(fake["file"], fake["classes"][1:]) for fake in fakes]
+    except (ValueError, LookupError, TypeError):
+        asked = []
+    if not asked:
+        raise InputError(f"{folder / 'manifest.jsonl'}: damaged; remove {folder}, and train.py makes the fakes again")
+    for file, classes in asked:
+        x = data.read_image(folder / file)
         for transform in (v2.ToImage(), *data.normalise()):
             x = transform(x)
         x = x.as_subclass(torch.Tensor)[None].to(next(teacher[0].parameters()).device)
         p = upsample(teacher[0](x), x).softmax(1)[0]                                        # (C_old, H, W)
         theirs = upsample(judge[0](x), x).argmax(1)[0] if judge else None
-        for c in fake["classes"][1:]:
+        for c in classes:
             s = sums.setdefault(names[c], dict.fromkeys(
                 ("images", "found", "sure", "size", "judge found", "both", "either"), 0))
             mine = p.argmax(0) == c
@@ -330,6 +336,10 @@ def main(argv=None):
         return compare(args.compare, Path("compare.csv"))
     if not args.run:
         raise InputError("name a run folder, or --compare several")
+    if args.judge and args.fakes is None:
+        raise InputError("--judge: judges --fakes; add --fakes and the step that was given them")
+    if args.predict and args.fakes is not None:
+        raise InputError("--predict and --fakes: one at a time")
     run = Path(args.run)
     settings = argparse.Namespace(**data.read_json(run / "settings.json", {"dataset": str, "task": str, "crop": int}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,20 +3,22 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
 
     python reproduce.py --voc6 data/voc6            # all runs that have no result yet, then results/README.md
     python reproduce.py --only table2 --seed 1      # some of them; another process may do --seed 2 at the same time
-    python reproduce.py --quick                     # two iterations of every kind of run on shapes, thrown away
+    python reproduce.py --quick                     # two iterations of every kind of run that shapes has, thrown away
     python reproduce.py --make-voc6 data            # voc6 out of VOC 2012: needs data/VOCdevkit with SegmentationClassAug
 
 A run is a command of train.py. Its result, results/study/<run>.json, is committed, and a run that has one
-is skipped; an interrupted run goes on where it stopped. Runs of one data set, task and seed share the
-step 0 of their first (--step0), as far as their method allows, and the fakes made out of it.
+is skipped unless its network is needed (a judge, a step 0, Figure 4) and gone; an interrupted run goes on
+where it stopped. Runs of one data set, task and seed share the step 0 of their first (--step0), as far as
+their method allows, and the fakes made out of it.
 
-What was chosen was chosen on training images: learning rates on voc6-dev, whose test set is every fifth
+What is chosen is chosen on training images: learning rates on voc6-dev, whose test set is every fifth
 training image of voc6 (table "rates"); the weights of SegInversion by a judge, the Joint network of a seed
 that no table has (--only weights).
 """
 import argparse
 import contextlib
 import fcntl
+import hashlib
 import json
 import math
 import shutil
@@ -54,6 +56,7 @@ SETTINGS["voc6-dev"] = SETTINGS["voc6"]
 TASK = {"shapes": "15-1", "voc6": "4-1"}                    # of the searches, the judges and the pictures
 JUDGE = 7                                                   # the seed of a Joint network that judges fakes
 ORACLE = "--fake real"                                      # not in train.py: outside the protocol
+FIGURE3 = "--classes cat cow dog horse --r 0.5,5,10 --images 64"
 PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()      # what the fakes of a step 0 hang upon
 LATER = ("lr", "epochs", "lam", "num_fakes")                # does not matter to a step 0 and 16 fakes of it
 
@@ -94,11 +97,12 @@ class Place(NamedTuple):
     extra: tuple = ()               # more flags for train.py
 
 
-def recorded(path, run, ignored=()):
-    """What a file holds, if it is of that run's settings as they are now, else None. It may be too old to know a flag."""
+def recorded(path, settings, ignored=()):
+    """What a file holds, if it is of these settings, else None."""
     if path.exists():
-        record = json.loads(path.read_text())
-        if all(run.settings.get(key) == value for key, value in record["settings"].items() if key not in ignored):
+        record = data.read_json(path, {"settings": dict})
+        matter = lambda these: {key: value for key, value in these.items() if key not in ignored}
+        if matter(record["settings"]) == matter(settings):
             return record
 
 
@@ -203,18 +207,20 @@ def hold_out(voc6, folder):
     return folder
 
 
-def execute(run, place, step0):
-    """Run train.py in the run's folder; its results.json as an object."""
-    folder = place.runs / run.name
+def flags_of(run, place, step0):
+    """train.py's flags for a run in its folder, from a given step 0 or None."""
     root = hold_out(place.roots["voc6"], place.runs / "voc6-dev") if run.dataset == "voc6-dev" else place.roots[run.dataset]
-    flags = [*run.command.replace(ORACLE, "").split(), "--data-root", str(root), "--out", str(folder), *place.extra]
+    flags = [*run.command.replace(ORACLE, "").split(), "--data-root", str(root), "--out", str(place.runs / run.name), *place.extra]
     if run.dataset != "shapes":
         flags += ["--pretrained", str(place.roots["weights"])]
-    if step0:
-        flags += ["--step0", str(step0)]
-    of_train = train.synthesize
+    return flags + (["--step0", str(step0)] if step0 else [])
+
+
+def execute(run, flags):
+    """Run train.py in the run's folder; its results.json as an object."""
+    folder, of_train = Path(train.parse(flags).out), train.synthesize
     if ORACLE in run.flags:
-        train_set = data.load(run.args.dataset, root, "train")
+        train_set = data.load(run.args.dataset, train.parse(flags).data_root, "train")
         groups = data.task_steps(run.task, len(train_set.classes) - 1)
 
         def replay(model, folder, *rest, **options):
@@ -231,7 +237,7 @@ def execute(run, place, step0):
 def network(run, place):
     """Path of the last checkpoint of a run; the run is done again if that is gone."""
     perform(run, place, network=True)
-    return max((place.runs / run.name).glob("step-*.pth"))
+    return max((place.runs / run.name).glob("step-*.pth"), key=lambda path: int(path.stem.removeprefix("step-")))
 
 
 def judge(dataset, place):
@@ -254,10 +260,13 @@ def alone(folder):
 
 
 def copy_folder(source, target):
-    part = target.with_name(target.name + "-part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part)
-    part.rename(target)
+    """Whole, or not at all; nothing if there is no source, or the target is there."""
+    with alone(target):
+        if source.exists() and not target.exists():
+            part = target.with_name(target.name + "-part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(source, part)
+            part.rename(target)
 
 
 def perform(run, place, network=False):
@@ -265,32 +274,38 @@ def perform(run, place, network=False):
 
     Its checkpoints and fakes are removed then, but for what other runs build upon.
     """
-    result, folder = place.results / f"{run.name}.json", place.runs / run.name
+    result, folder, args, shared = place.results / f"{run.name}.json", place.runs / run.name, run.args, shared_step0(run, place)
+    method, of_code = METHODS[args.method], commit()
+    shares = not (method.offline or method.importance or args.method == "lwf-mc")         # those have a step 0 of their own
     with alone(folder):
-        checkpoints, begun = list(folder.glob("step-*.pth")), folder / "settings.json"
-        if recorded(result, run) and (checkpoints or not network):
+        finished = (folder / "results.json").exists()
+        complete = finished and any(folder.glob("step-*.pth")) and (shared.exists() or not shares)
+        if recorded(result, run.settings) and (complete or not network):
             return
-        there = json.loads(begun.read_text()) if begun.exists() else {}
-        if any(there.get(key, value) != value for key, value in run.settings.items() if not place.extra) \
-                or (folder / "results.json").exists() and not checkpoints:
-            shutil.rmtree(folder, ignore_errors=True)       # of another schedule, or with nothing left to go on from
         print(f"reproduce.py: {run.name}", flush=True)
-        args, shared = run.args, shared_step0(run, place)
-        method = METHODS[args.method]
-        shares = not (method.offline or method.importance or args.method == "lwf-mc")     # those have a step 0 of their own
+        flags = flags_of(run, place, shared if shares and shared.exists() else None)
+        if any(folder.glob("*.pth")) and (folder / "settings.json").exists():
+            there, here = data.read_json(folder / "settings.json", {"dataset": str}), vars(train.parse(flags))
+            free = ("out", "data_root", "workers", "compile", "step0")
+            if finished and not complete or any(there.get(key) != here[key] for key in here if key not in free):
+                shutil.rmtree(folder)                       # nothing left to go on from, or of other settings
+            else:                                           # it goes on as it began
+                flags = flags_of(run, place, there["step0"])
+        elif finished:
+            shutil.rmtree(folder)
         fakes = args.fake == "seginversion" and ORACLE not in run.flags
         first_fakes = place.runs / f"{shared.stem}-fakes-{plain(' '.join(str(vars(args)[k]) for k in PLAN))}"
-        if fakes and first_fakes.exists() and not (folder / "fakes-step-1").exists():
+        if fakes:
             copy_folder(first_fakes, folder / "fakes-step-1")
         began = time.monotonic()
-        scores = execute(run, place, shared if shares and shared.exists() else None)
+        scores = execute(run, flags)
         seconds = round(time.monotonic() - began)           # of the last launch
         if shares and not shared.exists():
             write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
-        if fakes and not first_fakes.exists():
+        if fakes:
             copy_folder(folder / "fakes-step-1", first_fakes)
         final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
-        record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": commit(), "versions": scores["versions"],
+        record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": of_code, "versions": scores["versions"],
                   "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
                   "iou": scores["steps"][-1]["iou"], "seconds": seconds}
         if fakes and not run.flags and not place.extra and run.dataset in TASK:
@@ -325,7 +340,7 @@ def inversion(dataset, flags):
 
 def tried(dataset, flags, results):
     """try_weights' record, if there is one."""
-    return recorded(results / f"weights-{dataset}-{plain(flags)}.json", inversion(dataset, flags), LATER)
+    return recorded(results / f"weights-{dataset}-{plain(flags)}.json", inversion(dataset, flags).settings, LATER)
 
 
 def try_weights(dataset, flags, place):
@@ -350,6 +365,10 @@ def try_weights(dataset, flags, place):
 def figure4_runs():
     there = {run.row: run for run in reversed(study()["table1"]) if run[:3] == ("voc6", TASK["voc6"], "disjoint")}
     return {row: there[row] for row in ("FT", "MiB", "HRHF")}
+
+
+def figure4_settings():
+    return {row: run.settings for row, run in figure4_runs().items()}
 
 
 # ------------------------------------------------------------------------------------------ the pictures
@@ -392,19 +411,24 @@ def beaten_points(points, method, other):
     return (f"{sum(worse)} of {other}'s {len(worse)} weights: one of {method}'s {len(points[method])} is better in old and new at once")
 
 
+def figure3_settings():
+    return {**inversion("voc6", "").settings, "figure": FIGURE3}
+
+
 def figure3(place):
-    """Same noise, three scales: 64 images of each, out of voc6's step 0; the shares of pixels to figure3.json.
+    """Same noise, three scales, out of voc6's step 0; the shares of pixels to figure3.json.
 
     The images take the classes in turn, as the fakes do: the statistics that --bn asks a batch for are those of all classes.
     """
-    run, path = inversion("voc6", ""), place.results / "figure3.json"
-    if recorded(path, run, LATER):
+    args, path, of_code = inversion("voc6", "").args, place.results / "figure3.json", commit()
+    if recorded(path, figure3_settings(), LATER):
         return
-    weights = [f"--{flag}={getattr(run.args, name)}" for flag, name in (("steps", "fake_steps"), ("lr", "fake_lr"), ("tv", "tv"), ("bn", "bn"),
+    weights = [f"--{flag}={getattr(args, name)}" for flag, name in (("steps", "fake_steps"), ("lr", "fake_lr"), ("tv", "tv"), ("bn", "bn"),
                                                                        ("spectrum", "spectrum"))]
-    shares = seginversion.main([*"--classes cat cow dog horse --r 0.5,5,10 --images 64".split(), *weights, "--checkpoint", str(step0("voc6", place)),
+    shares = seginversion.main([*FIGURE3.split(), *weights, "--checkpoint", str(step0("voc6", place)),
                                 "--out", str(place.results.parent / "figure3.png")])
-    write_atomically(path, lambda p: p.write_text(json.dumps({"settings": run.settings, "commit": commit(), "share": shares}, indent=1) + "\n"))
+    write_atomically(path, lambda p: p.write_text(json.dumps(
+        {"settings": figure3_settings(), "commit": of_code, "share": shares}, indent=1) + "\n"))
 
 
 def figure4(place, count=6):
@@ -413,7 +437,7 @@ def figure4(place, count=6):
     Writes fakes.png beside it: the first fakes of that HRHF run.
     """
     picture, record = place.results.parent / "figure4.png", place.results / "figure4.json"
-    if recorded(record, figure4_runs()["HRHF"]):
+    if recorded(record, figure4_settings()):
         return
     models = {row: load_model(network(run, place)) for row, run in figure4_runs().items()}
     fakes = place.runs / figure4_runs()["HRHF"].name / "fakes-step-1.png"
@@ -439,7 +463,7 @@ def figure4(place, count=6):
         ImageDraw.Draw(whole).multiline_text((4, 18 + i * grid.height // count), text.replace(", ", "\n"), "black")
     write_atomically(picture, lambda p: whole.save(p, "PNG"))
     write_atomically(record, lambda p: p.write_text(json.dumps(
-        {"settings": figure4_runs()["HRHF"].settings, "commit": commit()}, indent=1) + "\n"))
+        {"settings": figure4_settings(), "commit": commit()}, indent=1) + "\n"))
 
 
 # -------------------------------------------------------------------------------------------- the tables
@@ -472,7 +496,7 @@ def cells_of(runs, results):
     """{row: the results of its runs that there are, of the settings as they are now}."""
     cells = {run.row: [] for run in runs}
     for run in runs:
-        if done := recorded(results / f"{run.name}.json", run):
+        if done := recorded(results / f"{run.name}.json", run.settings):
             cells[run.row].append({**done, "seed": run.seed})
     return cells
 
@@ -491,10 +515,11 @@ def report(results):
     """results/README.md as a string: every table, from the committed results alone."""
     lines = ["# Results of the study", "",
              "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded, mean ± standard deviation over n",
-             "seeds. \"Step 0\" is the network that all rows of a column start from, on its own classes. A claim of the paper \"holds\"",
-             "or \"does not hold\" here if the two rows' seeds do not overlap on all classes. `voc6` is photographs, `shapes` is drawn;",
-             "neither is the paper's VOC 2012 with its network, so only the pattern can be compared. `voc6-dev` is the training images",
-             "of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
+             "seeds. \"Step 0\" is the network that the rows of a column start from, on its own classes (PI, EWC, RW and LwF-MC train",
+             "their own). A claim of the paper \"holds\" or \"does not hold\" here if the two rows' seeds do not overlap on all classes.",
+             "An epoch is one pass over a step's real images; a batch that is half fake makes it twice as many iterations. `voc6` is",
+             "photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be compared.",
+             "`voc6-dev` is the training images of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
               + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's.",
@@ -520,6 +545,8 @@ def report(results):
             lines += [f"| {' '.join(column)} | step 0 | old | new | all | n |", "|---|---|---|---|---|---|"]
             for row, done in cells.items():
                 numbers = [spread([d[key] for d in done]) for key in ("step 0", "old", "new", "all")] if done else ["not run"] * 4
+                if done and done[0]["settings"]["method"] == "joint":       # has one step alone
+                    numbers[0] = "-"
                 lines.append(f"| {row} | {' | '.join(numbers)} | {len(done)} |")
             lines += ["", *claims(table, cells)]
     if points := curves(results):
@@ -534,15 +561,19 @@ def report(results):
     if fakes:
         lines += ["## How good the fakes are", "", MEANING, "", "| HRHF's fakes of" + JUDGED_HEAD]
         lines += [judged_row(name, scores) for name, scores in fakes.items()] + [""]
-    figure4_drawn = recorded(results / "figure4.json", figure4_runs()["HRHF"])
+        of_voc6 = [scores for name, all_scores in fakes.items() if name.startswith("voc6 ") for scores in all_scores]
+        classes = sorted({name for scores in of_voc6 for name in scores})
+        lines += ["Of every class, over all tasks, steps and seeds of voc6 above (n sets of fakes):", "", "| voc6 fakes of" + JUDGED_HEAD]
+        lines += [judged_row(c, [{c: scores[c]} for scores in of_voc6 if c in scores]) for c in classes] + [""]
+    figure4_drawn = recorded(results / "figure4.json", figure4_settings())
     if figure4_drawn:
         lines += ["The first fakes of voc6 4-1, seed 1, the inverted network's own segmentation under each:", "", "![fakes](fakes.png)", ""]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
-    if record := recorded(results / "figure3.json", inversion("voc6", ""), LATER):
+    if record := recorded(results / "figure3.json", figure3_settings(), LATER):
         shares = record["share"]
         classes = [name for name in next(iter(shares.values())) if name != "background"]
-        lines += [f"Share of pixels that the inverted network gives to the class asked for: 64 images of every r, "
-                  f"{64 // len(classes)} of a class; one of each is drawn.", "",
+        lines += [f"`seginversion.py {FIGURE3}`: share of the pixels that the inverted network gives to the class asked for, in the",
+                  "images that ask for it.", "",
                   "| r | " + " | ".join(shares) + " |", "|---|" + "---|" * len(shares)]
         lines += [f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |" for name in classes]
         lines += ["| all | " + " | ".join(f"{100 * statistics.mean(share[name] for name in classes):.1f} %" for share in shares.values()) + " |"]
@@ -564,6 +595,8 @@ def make_voc6(root, target):
     names = "background cat cow dog horse person sheep".split()
     table = [names.index(c) if c in names else 0 for c in data.VOC_CLASSES] + [0] * (255 - len(data.VOC_CLASSES)) + [255]
     lists = json.loads((HERE / "results" / "voc6.json").read_text())
+    if not (voc / "JPEGImages").is_dir():
+        raise InputError(f"--make-voc6 {root}: no VOC 2012 there ({voc / 'JPEGImages'} is no folder)")
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (target / folder).mkdir(parents=True, exist_ok=True)
     for split, ids in lists.items():
@@ -582,15 +615,30 @@ def make_voc6(root, target):
     print(f"{', '.join(f'{len(ids)} {split}' for split, ids in lists.items())} images in {target}")
 
 
+def check_voc6(args):
+    """The records are of these images and these weights alone."""
+    for split, ids in json.loads((HERE / "results" / "voc6.json").read_text()).items():
+        path = Path(args.voc6) / "ImageSets/Segmentation" / f"{split}.txt"
+        if not path.is_file() or path.read_text().split() != ids:
+            raise InputError(f"--voc6 {args.voc6}: not voc6 ({path} is not the list of results/voc6.json); --make-voc6 makes it")
+    if args.weights != "imagenet":
+        try:
+            digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+        except OSError as error:
+            raise InputError(f"--weights {args.weights}: {error.strerror}") from None
+        if not digest.startswith("b0353104"):               # it is in the name of torchvision's file
+            raise InputError(f"--weights {args.weights}: not torchvision's mobilenet_v2-b0353104.pth")
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["weights", *TITLES, "figure3", "figure4"], help="one table or picture")
     parser.add_argument("--dataset", choices=list(SETTINGS), help="one data set")
     parser.add_argument("--seed", type=int, choices=SEEDS, help="one seed")
     parser.add_argument("--voc6", default="data/voc6", help="where voc6 is")
-    parser.add_argument("--weights", default="imagenet", help="of MobileNetV2, if there is no download: a file")
+    parser.add_argument("--weights", default="imagenet", help="of MobileNetV2, if there is no download: torchvision's file")
     parser.add_argument("--runs", default="runs/study", help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="two iterations of every kind of run on shapes; results are thrown away")
+    parser.add_argument("--quick", action="store_true", help="two iterations of every kind of run that shapes has; results are thrown away")
     parser.add_argument("--tables", action="store_true", help="run nothing, write results/README.md")
     parser.add_argument("--make-voc6", metavar="DATA_ROOT", help="make --voc6 out of the VOC 2012 there")
     return parser.parse_args(argv)
@@ -617,9 +665,11 @@ def main(argv=None):
             place = place._replace(runs=Path(folder) / "runs", results=Path(folder), extra=("--max-iters", "2", "--num-fakes", "16"))
             for run in kinds.values():
                 perform(run, place)
-            print(f"reproduce.py: all {len(kinds)} kinds of runs work")
+            print(f"reproduce.py: all {len(kinds)} kinds of runs that shapes has work")
         return
     if not args.tables:
+        if {run.dataset for run in runs} | {*weights} | {"voc6" for _ in pictures} != {"shapes"}:
+            check_voc6(args)
         place.runs.mkdir(parents=True, exist_ok=True)
         for dataset in weights:
             for flags in WEIGHTS[dataset]:

@@ -410,11 +410,15 @@ def main(argv=None):
     asked = [group.split(",") for group in args.classes]
     unknown = [c for group in asked for c in group if c not in names[1:]]
     if unknown:
-        raise InputError(f"--classes {unknown[0]}: unknown to this checkpoint, which knows {', '.join(names[1:])}")
-    for name, least in (("images", len(asked)), ("size", 1), ("steps", 1), ("lr", 1e-12), ("tv", 0), ("bn", 0), ("spectrum", 0)):
+        raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is unknown to this checkpoint, which knows {', '.join(names[1:])}")
+    for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12), ("tv", 0), ("bn", 0), ("spectrum", 0), ("seed", 0)):
         value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
+        if value is not None and not least <= value < 2 ** 63:
             raise InputError(f"--{name} {value}: must be a finite number, at least {least}")
+    if args.spectrum is not None and args.spectrum > 4:
+        raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
+    if args.images < len(asked):
+        raise InputError(f"--images {args.images}: fewer than the {len(asked)} sets of --classes")
     if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: name a picture in a folder that is there")
     given = {name: getattr(args, name) for name in ("steps", "lr", "tv", "bn", "spectrum")}
@@ -428,6 +432,8 @@ def main(argv=None):
         if r is None:
             raise InputError("--r random: name the scales to compare instead, such as 0.5,5,10")
         x = invert(model, targets, r, size=args.size or about["crop"], seed=args.seed, **options)
+        if not bool(x.isfinite().all()):
+            raise FloatingPointError(f"r = {text}: a pixel is not finite; try a lower --lr")
         with frozen(model), torch.inference_mode():
             found = F.one_hot(model(x).argmax(1).cpu(), len(names)).float().mean((1, 2))        # (B, C)
         shares[text] = {name: round(found[targets[:, c] > 0, c].mean().item(), 3)

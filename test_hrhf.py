@@ -1675,6 +1675,8 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
     (["{run}", "--predict", "{run}/predictions.png", "{run}/../predictions.png"], "two pictures are called predictions"),
     (["{run}/fakes-step-1"], "settings.json: not there"),
     (["{run}", "--predict", "nowhere.jpg"], "nowhere.jpg: not a readable image"),
+    (["{run}", "--judge", "other.pth"], "--judge: judges --fakes"),
+    (["{run}", "--fakes", "1", "--predict", "a.jpg"], "--predict and --fakes: one at a time"),
     (["{run}", "--predict", "{run}/fakes-step-1/empty"], "no .jpg, .jpeg or .png in this folder"),
 ])
 def test_eval_ends_with_one_sentence_on_bad_input(finished, capsys, arguments, sentence):
@@ -1691,9 +1693,9 @@ def test_figure_3_is_drawn_from_a_checkpoint_and_an_unknown_class_is_named(finis
     run = {"bn": 10.0, "spectrum": 1.0}                     # what is not given is the run's
     assert len(options) == 3 and all(given.items() >= {"steps": 3, "tv": 0.0, "lr": 0.5, **run}.items() for given in options)
     assert Image.open(tmp_path / "figure.png").size == (3 * 34 + 2, 8 * 34 + 2 + 14)
-    with pytest.raises(InputError, match="--classes zebra: unknown to this checkpoint, which knows cat, dog, cow"):
+    with pytest.raises(InputError, match="--classes cat,zebra: zebra is unknown to this checkpoint, which knows cat, dog, cow"):
         seginversion.main([*command, "--classes", "cat,zebra"])
-    for flag in ("--size 0", "--steps -1", "--images 0", "--bn nan", "--lr 0", f"--out {tmp_path}", f"--out {tmp_path}/no/f.png", "--r random"):
+    for flag in ("--size 0", "--steps -1", "--images 0", "--bn nan", "--lr 0", "--spectrum 5", "--seed -1", f"--seed {2 ** 64}", f"--out {tmp_path}", f"--out {tmp_path}/no/f.png", "--r random"):
         with pytest.raises(InputError, match=flag.split()[0]):
             seginversion.main([*command, "--classes", "cat", *flag.split()])
     with pytest.raises(InputError, match="no such checkpoint"):
@@ -1714,7 +1716,7 @@ def test_figure_3_deals_several_sets_of_classes_to_the_images_and_measures_each_
         for c, name in enumerate(names):
             share = [(model(x[i:i + 1]).argmax(1) == c).float().mean().item() for i in range(5) if asked[i][c]]
             assert found[name] == pytest.approx(sum(share) / len(share), abs=6e-4)
-    with pytest.raises(InputError, match="--images 1: must be a finite number, at least 2"):
+    with pytest.raises(InputError, match="--images 1: fewer than the 2 sets of --classes"):
         seginversion.main([*command, "--images", "1"])
 
 
@@ -2238,6 +2240,13 @@ def test_fakes_are_judged_class_by_class_as_in_a_naive_count(tmp_path, capsys):
     assert f"| {names[2]} | 1 | 100.0 | 70.0 | 25.0 |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["", '{"file": ', '{"file": "00000.png"}'])
+def test_a_damaged_list_of_fakes_is_named(tmp_path, text):
+    (tmp_path / "manifest.jsonl").write_text(text)
+    with pytest.raises(InputError, match="manifest.jsonl: damaged"):
+        evaluation.judge_fakes(tmp_path, (None, ["background"]), None)
+
+
 def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
     evaluation.main([f"{finished}/run", "--fakes", "2", "--judge", f"{finished}/run/step-2.pth"])
     table = capsys.readouterr().out.splitlines()
@@ -2282,23 +2291,94 @@ def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finishe
     assert len(calls) == 4 and json.loads((tmp_path / f"results/{runs[0].name}.json").read_text())["settings"]["epochs"] == 2
 
 
+def test_an_interrupted_run_of_the_study_goes_on_as_it_began_and_a_lost_network_is_made_again(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1")
+    monkeypatch.setitem(reproduce.TASK, "shapes", "1-1")
+    place, train_step, judged = reproduce.Place({"shapes": finished / "data"}, tmp_path / "runs", tmp_path / "results"), train.train_step, reproduce.judged
+    baseline, tuned, hrhf = (reproduce.Run("shapes", "1-1", "disjoint", "x", flags, 3) for flags in ("--fake none", "--method ft", ""))
+    trained = []
+
+    def stop_in_step_1(*a):
+        trained.append(a[6])
+        if a[6] == 1:
+            raise KeyboardInterrupt
+        train_step(*a)
+
+    def interrupt(run, **options):
+        monkeypatch.setattr(train, "train_step", stop_in_step_1)
+        with pytest.raises(KeyboardInterrupt):
+            reproduce.perform(run, place, **options)
+        monkeypatch.setattr(train, "train_step", lambda *a: (trained.append(a[6]), train_step(*a)))
+
+    interrupt(baseline)
+    reproduce.perform(tuned, place)                         # another run shares its step 0 in the meantime
+    trained.clear()
+    reproduce.perform(baseline, place)
+    assert trained == [1, 2] and json.loads((tmp_path / f"results/{baseline.name}.json").read_text())["commit"]
+
+    monkeypatch.setattr(reproduce, "judged", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reproduce.perform(hrhf, place)
+    monkeypatch.setattr(reproduce, "judged", judged)
+    trained.clear()
+    reproduce.perform(hrhf, place)
+    assert 1 not in trained and (tmp_path / f"results/{hrhf.name}.json").exists()
+
+    kept = tuned._replace(seed=reproduce.JUDGE)
+    assert reproduce.network(kept, place).name == "step-2.pth"
+    (tmp_path / f"runs/{kept.name}/step-2.pth").unlink()
+    interrupt(kept, network=True)
+    assert reproduce.network(kept, place).name == "step-2.pth"              # not the step 0 that is there
+    reproduce.shared_step0(kept, place).unlink()
+    reproduce.perform(kept, place, network=True)
+    assert reproduce.shared_step0(kept, place).exists()
+    interrupt(baseline._replace(seed=4))
+    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1 --tv 3")        # tv does not matter to it, but train.py compares it
+    trained.clear()
+    reproduce.perform(baseline._replace(seed=4), place)
+    assert trained == [0, 1, 2]
+
+
+def test_the_study_s_photographs_and_weights_are_those_of_its_records(finished, tmp_path):
+    for flags, text in ((["--voc6", str(finished / "data")], "--voc6 .*: not voc6"), (["--voc6", "nowhere"], "--voc6 nowhere: not voc6")):
+        with pytest.raises(InputError, match=text):
+            reproduce.main(["--only", "figure4", "--runs", str(tmp_path), *flags])
+    lists = tmp_path / "voc6/ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    for split, ids in json.loads((HERE / "results/voc6.json").read_text()).items():
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids))
+    (tmp_path / "other.pth").write_bytes(b"other")
+    for weights, text in (("other.pth", "other.pth: not torchvision's"), ("no.pth", "no.pth: No such file")):
+        with pytest.raises(InputError, match=text):
+            reproduce.main(["--only", "figure4", "--runs", str(tmp_path), "--voc6", str(tmp_path / "voc6"), "--weights", str(tmp_path / weights)])
+    with pytest.raises(InputError, match="--make-voc6 .*: no VOC 2012 there"):
+        reproduce.main(["--make-voc6", str(tmp_path), "--voc6", str(tmp_path / "made")])
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_record_is_of_a_run_if_all_that_matters_to_it_is_equal(tmp_path, monkeypatch):
     run = lambda flags: reproduce.Run("voc6", "4-1", "disjoint", "x", flags, 1)
 
     def same(written, read):
         (tmp_path / "record.json").write_text(json.dumps({"settings": written.settings}))
-        return bool(reproduce.recorded(tmp_path / "record.json", read))
+        return bool(reproduce.recorded(tmp_path / "record.json", read.settings))
 
     for flags, matters, does_not in (("--method mib", "--lr 7", "--bn 77 --num-fakes 5"), ("--fake none", "--lam 0", "--bn 77 --num-fakes 5"),
                                      ("--fake noise", "--num-fakes 5", "--bn 77 --r 1"), (reproduce.ORACLE, "--num-fakes 5", "--bn 77 --r 1"),
                                      ("", "--bn 77", "--workers 2"), ("", "--r 1", ""), ("", "--real-fake 1:2", ""), ("--method joint", "--lr0 7", "--lr 7")):
         assert same(run(f"{flags} {does_not}"), run(flags)) and not same(run(f"{flags} {matters}"), run(flags))
     assert not same(run(""), run(reproduce.ORACLE)) and not same(run(reproduce.ORACLE), run("")) and not same(run(""), run("")._replace(seed=2))
-    assert not same(run("")._replace(dataset="voc6-dev"), run("")) and not reproduce.recorded(tmp_path / "none.json", run(""))
+    assert not same(run("")._replace(dataset="voc6-dev"), run("")) and not reproduce.recorded(tmp_path / "none.json", run("").settings)
     shapes = run("")._replace(dataset="shapes")
     assert same(shapes, shapes)
     monkeypatch.setitem(train.DATASET_DEFAULTS["shapes"], "tv", 77.0)       # a default that moved makes the record another's
-    assert not reproduce.recorded(tmp_path / "record.json", shapes)
+    assert not reproduce.recorded(tmp_path / "record.json", shapes.settings)
+    del (older := dict(shapes.settings))["spectrum"]        # from before there was such a flag: who knows
+    (tmp_path / "record.json").write_text(json.dumps({"settings": older}))
+    assert not reproduce.recorded(tmp_path / "record.json", shapes.settings)
+    (tmp_path / "record.json").write_text('{"settings": ')
+    with pytest.raises(InputError, match="record.json: damaged"):
+        reproduce.recorded(tmp_path / "record.json", shapes.settings)
 
 
 def test_the_oracle_replays_real_images_of_the_steps_before_and_no_others(finished, tmp_path):
@@ -2365,7 +2445,8 @@ def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_
         drawn = note(name)
         drawn.__name__ = name
         monkeypatch.setattr(reproduce, name, drawn)
-    monkeypatch.setattr(reproduce, "write_atomically", lambda *a: None)
+    for name in ("write_atomically", "check_voc6"):
+        monkeypatch.setattr(reproduce, name, lambda *a: None)
     left = lambda flags: (done.clear(), reproduce.main([*flags.split(), "--runs", str(tmp_path)]), set(done))[2]
     assert left("--only weights --dataset shapes") == {("try_weights", "shapes")}
     assert left("--only figure3") == {("figure3",)} and left("--only figure4 --dataset voc6") == {("figure4",)}
