@@ -481,6 +481,7 @@ def plan(args, gpus, tflops):
 SECTIONS = {"losses": losses, "inversion": inversion, "training": training, "scale": scale}
 
 
+@functools.cache
 def commit():
     """The code's commit; results may have changed since. "unknown" without git."""
     if not shutil.which("git"):

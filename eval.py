@@ -275,7 +275,7 @@ def judge_fakes(folder, teacher, dataset, judge=None):
     except (ValueError, LookupError, TypeError):
         asked = []
     if not asked:
-        raise InputError(f"{folder / 'manifest.jsonl'}: damaged; remove {folder}, and train.py makes the fakes again")
+        raise InputError(f"{folder / 'manifest.jsonl'}: damaged or empty; these fakes cannot be judged")
     for file, classes in asked:
         x = data.read_image(folder / file)
         for transform in (v2.ToImage(), *data.normalise()):

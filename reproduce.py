@@ -18,6 +18,7 @@ that no table has (--only weights).
 import argparse
 import contextlib
 import fcntl
+import filecmp
 import hashlib
 import json
 import math
@@ -100,7 +101,10 @@ class Place(NamedTuple):
 def recorded(path, settings, ignored=()):
     """What a file holds, if it is of these settings, else None."""
     if path.exists():
-        record = data.read_json(path, {"settings": dict})
+        try:
+            record = data.read_json(path, {"settings": dict})
+        except InputError:
+            raise InputError(f"{path}: damaged; remove it, and reproduce.py makes it again") from None
         matter = lambda these: {key: value for key, value in these.items() if key not in ignored}
         if matter(record["settings"]) == matter(settings):
             return record
@@ -209,12 +213,12 @@ def hold_out(voc6, folder):
     return folder
 
 
-def flags_of(run, place, step0):
-    """train.py's flags for a run in its folder, from a given step 0 or None."""
+def flags_of(run, place, step0, weights):
+    """train.py's flags for a run in its folder, from a given step 0 or, if it is None, from these weights of the backbone."""
     root = hold_out(place.roots["voc6"], place.runs / "voc6-dev") if run.dataset == "voc6-dev" else place.roots[run.dataset]
     flags = [*run.command.replace(ORACLE, "").split(), "--data-root", str(root), "--out", str(place.runs / run.name), *place.extra]
     if run.dataset != "shapes":
-        flags += ["--pretrained", str(place.roots["weights"])]
+        flags += ["--pretrained", str(weights)]
     return flags + (["--step0", str(step0)] if step0 else [])
 
 
@@ -263,12 +267,22 @@ def alone(folder):
 
 def copy_folder(source, target):
     """Whole, or not at all; nothing if there is no source, or the target is there."""
-    with alone(target):
-        if source.exists() and not target.exists():
-            part = target.with_name(target.name + "-part")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(source, part)
-            part.rename(target)
+    if source.exists() and not target.exists():
+        part = target.with_name(target.name + "-part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(source, part)
+        part.rename(target)
+
+
+def begun(run, place):
+    """train.py's settings in the folder of a run that can go on there, else None."""
+    folder = place.runs / run.name
+    trained = any(folder.glob("*.pth")) and (folder / "settings.json").exists()
+    if trained and ((folder / "step-0.pth").exists() or not (folder / "results.json").exists()):        # perform removes it first
+        there = data.read_json(folder / "settings.json", {"dataset": str})
+        here = vars(train.parse([*run.command.replace(ORACLE, "").split(), *place.extra]))
+        if all(there.get(key) == here[key] for key in here if key not in "out data_root workers compile step0 pretrained".split()):
+            return there
 
 
 def perform(run, place, network=False):
@@ -278,34 +292,34 @@ def perform(run, place, network=False):
     """
     result, folder, args, shared = place.results / f"{run.name}.json", place.runs / run.name, run.args, shared_step0(run, place)
     method, of_code = METHODS[args.method], commit()
+    weights = place.roots.get("weights")
     shares = not (method.offline or method.importance or args.method == "lwf-mc")         # those have a step 0 of their own
     with alone(folder):
-        finished = (folder / "results.json").exists()
-        complete = finished and any(folder.glob("step-*.pth")) and (shared.exists() or not shares)
-        if recorded(result, run.settings) and (complete or not network):
+        finished = (folder / "results.json").exists() and any(folder.glob("step-*.pth"))
+        if recorded(result, run.settings) and (finished or not network):
             return
         print(f"reproduce.py: {run.name}", flush=True)
-        flags = flags_of(run, place, shared if shares and shared.exists() else None)
-        if any(folder.glob("*.pth")) and (folder / "settings.json").exists():
-            there, here = data.read_json(folder / "settings.json", {"dataset": str}), vars(train.parse(flags))
-            free = ("out", "data_root", "workers", "compile", "step0")
-            if finished and not complete or any(there.get(key) != here[key] for key in here if key not in free):
-                shutil.rmtree(folder)                       # nothing left to go on from, or of other settings
-            else:                                           # it goes on as it began
-                flags = flags_of(run, place, there["step0"])
-        elif finished:
-            shutil.rmtree(folder)
+        if there := begun(run, place):
+            step0, weights = there["step0"], there["pretrained"]
+        else:                                               # of other settings, or with nothing left to go on from
+            shutil.rmtree(folder, ignore_errors=True)
+            step0 = shared if shares and shared.exists() else None
         fakes = args.fake == "seginversion" and ORACLE not in run.flags
         first_fakes = place.runs / f"{shared.stem}-fakes-{plain(' '.join(str(vars(args)[k]) for k in PLAN))}"
-        if fakes:
-            copy_folder(first_fakes, folder / "fakes-step-1")
+        own = folder / "step-0.pth"
+        if fakes and (shared.exists() and filecmp.cmp(own, shared, shallow=False) if own.exists() else step0):
+            with alone(first_fakes):
+                copy_folder(first_fakes, folder / "fakes-step-1")
         began = time.monotonic()
-        scores = execute(run, flags)
+        scores = execute(run, flags_of(run, place, step0, weights))
         seconds = round(time.monotonic() - began)           # of the last launch
         if shares and not shared.exists():
-            write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
-        if fakes:
-            copy_folder(folder / "fakes-step-1", first_fakes)
+            for of_another in place.runs.glob(f"{shared.stem}-fakes-*[0-9]"):
+                shutil.rmtree(of_another)
+            write_atomically(shared, lambda p: shutil.copyfile(own, p))
+        if fakes and filecmp.cmp(own, shared, shallow=False):
+            with alone(first_fakes):
+                copy_folder(folder / "fakes-step-1", first_fakes)
         final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
         record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": of_code, "versions": scores["versions"],
                   "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
@@ -331,6 +345,9 @@ def step0(dataset, place):
     """Path of the step 0 that the first seed's runs of a data set's first task share."""
     fine_tuning = next(run for run in study()["table1"] if run[:4] == (dataset, TASK[dataset], "disjoint", "FT"))
     if not shared_step0(fine_tuning, place).exists():
+        with alone(place.runs / fine_tuning.name):
+            if (place.runs / fine_tuning.name / "results.json").exists():
+                shutil.rmtree(place.runs / fine_tuning.name)
         perform(fine_tuning, place, network=True)
     return shared_step0(fine_tuning, place)
 
@@ -496,8 +513,8 @@ def claims(table, cells):
         scores = {row: {d["seed"]: d["all"] for d in done} for row, done in cells.items()}
         for row in others:
             if both := sorted(scores[row].keys() & scores[as_it_is].keys()):
-                lines.append(f"- {row}, points above {as_it_is}, seed by seed: "
-                             + ", ".join(f"{100 * (scores[row][seed] - scores[as_it_is][seed]):+.1f}" for seed in both))
+                lines.append(f"- {row}, points above {as_it_is}: "
+                             + ", ".join(f"{100 * (scores[row][seed] - scores[as_it_is][seed]):+.1f} (seed {seed})" for seed in both))
     return lines + [""] if lines else []
 
 
@@ -525,15 +542,14 @@ def report(results):
     lines = ["# Results of the study", "",
              "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded, mean ± standard deviation over n",
              "seeds. \"Step 0\" is the network that the rows of a column start from, on its own classes (PI, EWC, RW and LwF-MC train",
-             "their own). A claim of the paper \"holds\" or \"does not hold\" here if the two rows' seeds do not overlap on all classes.",
+             "their own). A claim of the paper, or of ours, \"holds\" or \"does not hold\" here if the two rows' seeds do not overlap on all classes.",
              "An epoch is one pass over a step's real images; a batch that is half fake makes it twice as many iterations. `voc6` is",
              "photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be compared.",
              "`voc6-dev` is the training images of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
               + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's.",
-              "FT's, LwF's and MiB's were chosen in trials of four epochs a step that are not recorded; none is half a point behind",
-              "another rate of the table below."]
+              "FT's, LwF's and MiB's were chosen in trials of four epochs a step that are not recorded."]
     lines += ["", "## Weights of SegInversion (on training images)", ""]
     lines += ["16 fakes of step 0 each, in percent, by judge IoU. On voc6, of `--tv` and `--bn`, the defaults of train.py are the best with",
               "found > 95. The ones of shapes, 2 and 3 at its rate 0.25, lie between its two best with `--spectrum 1`.", MEANING, ""]
@@ -677,6 +693,7 @@ def main(argv=None):
                 perform(run, place)
             print(f"reproduce.py: all {len(kinds)} kinds of runs that shapes has work")
         return
+    commit()                                                # of the code that is loaded now
     if not args.tables:
         if {run.dataset for run in runs} | {*weights} | {"voc6" for _ in pictures} != {"shapes"}:
             check_voc6(args)

@@ -1718,6 +1718,9 @@ def test_figure_3_deals_several_sets_of_classes_to_the_images_and_measures_each_
             assert found[name] == pytest.approx(sum(share) / len(share), abs=6e-4)
     with pytest.raises(InputError, match="--images 1: fewer than the 2 sets of --classes"):
         seginversion.main([*command, "--images", "1"])
+    monkeypatch.setattr(seginversion, "invert", lambda *a, **k: torch.full((5, 3, 12, 12), math.nan))
+    with pytest.raises(FloatingPointError, match="r = 0.5: a pixel is not finite"):
+        seginversion.main([*command, "--images", "5"])
 
 
 # --------------------------------------------------------------------------------------- baselines.py
@@ -2294,49 +2297,108 @@ def test_a_run_of_the_study_writes_its_result_once_and_shares_its_step_0(finishe
 def test_an_interrupted_run_of_the_study_goes_on_as_it_began_and_a_lost_network_is_made_again(finished, tmp_path, monkeypatch):
     monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1")
     monkeypatch.setitem(reproduce.TASK, "shapes", "1-1")
-    place, train_step, judged = reproduce.Place({"shapes": finished / "data"}, tmp_path / "runs", tmp_path / "results"), train.train_step, reproduce.judged
+    place, train_step, copyfile = reproduce.Place({"shapes": finished / "data"}, tmp_path / "runs", tmp_path / "results"), train.train_step, shutil.copyfile
     baseline, tuned, hrhf = (reproduce.Run("shapes", "1-1", "disjoint", "x", flags, 3) for flags in ("--fake none", "--method ft", ""))
-    trained = []
+    trained, folder = [], lambda run: tmp_path / "runs" / run.name
+    recorded = lambda run: (tmp_path / f"results/{run.name}.json").exists()
 
-    def stop_in_step_1(*a):
-        trained.append(a[6])
-        if a[6] == 1:
-            raise KeyboardInterrupt
-        train_step(*a)
-
-    def interrupt(run, **options):
-        monkeypatch.setattr(train, "train_step", stop_in_step_1)
+    def interrupt(run, step, **options):
+        def stop(*a):
+            trained.append(a[6])
+            if a[6] == step:
+                raise KeyboardInterrupt
+            train_step(*a)
+        monkeypatch.setattr(train, "train_step", stop)
         with pytest.raises(KeyboardInterrupt):
             reproduce.perform(run, place, **options)
         monkeypatch.setattr(train, "train_step", lambda *a: (trained.append(a[6]), train_step(*a)))
+        trained.clear()
 
-    interrupt(baseline)
-    reproduce.perform(tuned, place)                         # another run shares its step 0 in the meantime
+    interrupt(hrhf, 1)                                      # nothing is shared yet: with a step 0 of its own
+    weights = torch.load(folder(hrhf) / "step-0.pth")["model"]
+    weights[next(iter(weights))].add_(1)                    # so that it would not fit another's fakes
+    torch.save({**torch.load(folder(hrhf) / "step-0.pth"), "model": weights}, folder(hrhf) / "step-0.pth")
+    interrupt(baseline, 2)
+    reproduce.perform(tuned, place)                         # other runs share theirs in the meantime
+    reproduce.perform(hrhf._replace(flags="--lam 0"), place)
     trained.clear()
     reproduce.perform(baseline, place)
-    assert trained == [1, 2] and json.loads((tmp_path / f"results/{baseline.name}.json").read_text())["commit"]
-
-    monkeypatch.setattr(reproduce, "judged", lambda *a: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        reproduce.perform(hrhf, place)
-    monkeypatch.setattr(reproduce, "judged", judged)
+    assert trained == [2] and recorded(baseline)
+    interrupt(other := hrhf._replace(flags="--lam 0.5"), 2)
+    reproduce.perform(other, place)
+    assert trained == [2] and recorded(other)
+    shutil.rmtree(folder(hrhf) / "fakes-step-1")
+    with monkeypatch.context() as broken:
+        broken.setattr(reproduce, "judged", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reproduce.perform(hrhf, place)                  # not with the shared fakes
     trained.clear()
+    first_fakes, = (tmp_path / "runs").glob("step0-*-fakes-*[0-9]")
+    shutil.rmtree(first_fakes)
     reproduce.perform(hrhf, place)
-    assert 1 not in trained and (tmp_path / f"results/{hrhf.name}.json").exists()
+    assert trained == [0] and recorded(hrhf) and not first_fakes.exists()   # the judge's step; its own fakes are not for others
 
+    fresh = baseline._replace(seed=4)
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "copyfile", lambda source, target: copyfile(source, target) if Path(target).parent.name != "runs" else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            reproduce.perform(fresh, place)
+    trained.clear()
+    reproduce.perform(fresh, place)
+    assert trained == [] and recorded(fresh)                # it only had to be shared and recorded
+    (tmp_path / f"results/{fresh.name}.json").unlink()
+    reproduce.perform(fresh, place)
+    assert trained == [1, 2] and recorded(fresh)            # its networks are gone
+
+    interrupt(fresh._replace(seed=5), 1)
+    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1 --tv 3")        # tv does not matter to it, but train.py compares it
+    reproduce.perform(fresh._replace(seed=5), place)
+    assert trained == [0, 1, 2]
+
+    hrhf = hrhf._replace(seed=reproduce.JUDGE)              # keeps its last network
+    for _ in range(2):
+        reproduce.perform(hrhf, place)
+        (tmp_path / f"results/{hrhf.name}.json").unlink()
     kept = tuned._replace(seed=reproduce.JUDGE)
     assert reproduce.network(kept, place).name == "step-2.pth"
-    (tmp_path / f"runs/{kept.name}/step-2.pth").unlink()
-    interrupt(kept, network=True)
-    assert reproduce.network(kept, place).name == "step-2.pth"              # not the step 0 that is there
-    reproduce.shared_step0(kept, place).unlink()
-    reproduce.perform(kept, place, network=True)
-    assert reproduce.shared_step0(kept, place).exists()
-    interrupt(baseline._replace(seed=4))
-    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1 --tv 3")        # tv does not matter to it, but train.py compares it
     trained.clear()
-    reproduce.perform(baseline._replace(seed=4), place)
-    assert trained == [0, 1, 2]
+    reproduce.shared_step0(kept, place).unlink()
+    assert reproduce.network(kept, place).name == "step-2.pth" and trained == []
+    (folder(kept) / "step-2.pth").unlink()
+    interrupt(kept, 1, network=True)
+    assert reproduce.network(kept, place).name == "step-2.pth" and trained == [1, 2]        # not the step 0 that is there
+
+    real_study = reproduce.study()
+    monkeypatch.setattr(reproduce, "study", lambda: {"table1": [kept._replace(row="FT"), *real_study["table1"]]})
+    for _ in range(2):
+        path = reproduce.step0("shapes", place)
+        assert path.exists()
+        path.unlink()
+
+
+def test_figure_3_of_the_study_is_of_all_classes_and_drawn_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reproduce, "step0", lambda *_: Path("step-0.pth"))
+    monkeypatch.setattr(seginversion, "main", lambda flags: asked.append(seginversion.parse(flags)) or {"0.5": {"background": 0.5, "cat": 0.25, "cow": 0.125}})
+    place = reproduce.Place({}, tmp_path / "runs", tmp_path / "study")
+    place.results.mkdir()
+    for _ in range(2):
+        reproduce.figure3(place)
+    wanted, = asked
+    voc6 = train.parse(reproduce.SETTINGS["voc6"].split() + ["--task", "4-1"])
+    assert (wanted.classes, wanted.images, wanted.steps, wanted.lr, wanted.tv, wanted.bn) == (
+        ["cat", "cow", "dog", "horse"], 64, voc6.fake_steps, voc6.fake_lr, voc6.tv, voc6.bn)
+    text = reproduce.report(place.results)
+    assert "| cat | 25.0 % |" in text and "| all | 18.8 % |" in text and "background |" not in text.split("Figure 3")[1].split("##")[0]
+    monkeypatch.setattr(reproduce, "FIGURE3", "--classes cat")
+    assert "| cat | 25.0 % |" not in reproduce.report(place.results)
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    bench.commit.cache_clear()
+    assert bench.commit() == "unknown"
+    bench.commit.cache_clear()
 
 
 def test_the_study_s_photographs_and_weights_are_those_of_its_records(finished, tmp_path):
@@ -2438,20 +2500,21 @@ def test_judged_fakes_become_means_over_classes_and_seeds():
 
 
 def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_path, monkeypatch):
-    done, note = [], lambda name: lambda *a: done.append((name, a[0]) if name in ("perform", "try_weights") else (name,))
+    done, checked, note = [], [], lambda name: lambda *a: done.append((name, a[0]) if name in ("perform", "try_weights") else (name,))
     for name in ("perform", "try_weights"):
         monkeypatch.setattr(reproduce, name, note(name))
     for name in ("figure3", "figure4"):
         drawn = note(name)
         drawn.__name__ = name
         monkeypatch.setattr(reproduce, name, drawn)
-    for name in ("write_atomically", "check_voc6"):
-        monkeypatch.setattr(reproduce, name, lambda *a: None)
+    monkeypatch.setattr(reproduce, "write_atomically", lambda *a: None)
+    monkeypatch.setattr(reproduce, "check_voc6", lambda args: checked.append(args.only))
     left = lambda flags: (done.clear(), reproduce.main([*flags.split(), "--runs", str(tmp_path)]), set(done))[2]
     assert left("--only weights --dataset shapes") == {("try_weights", "shapes")}
     assert left("--only figure3") == {("figure3",)} and left("--only figure4 --dataset voc6") == {("figure4",)}
     assert {run.dataset for _, run in left("--only table2 --seed 2")} == {"voc6", "shapes"}
-    assert {kind for kind, *_ in left("--dataset shapes --seed 2")} == {"perform"}
+    assert {kind for kind, *_ in left("--dataset shapes --seed 2")} == {"perform"} and left("--only table3")
+    assert checked == ["figure3", "figure4", "table2"]      # the others are of shapes alone
     for flags in ("--only weights --seed 2", "--only figure3 --dataset shapes", "--only rates --seed 2", "--quick --only ours",
                   "--quick --only weights", "--quick --dataset voc6"):
         with pytest.raises(InputError, match="nothing to run|runs on shapes alone"):
@@ -2480,13 +2543,14 @@ def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     assert reproduce.beaten_points(points, "MiB", "HRHF").startswith("0 of HRHF's 2 weights")
 
 
-def test_the_chosen_learning_rates_are_within_half_a_point_of_the_best_of_those_tried():
+def test_the_chosen_learning_rates_are_the_best_of_those_tried():
     cells = reproduce.cells_of(reproduce.study()["rates"], HERE / "results/study")
     assert cells["HRHF, 0.003"]                             # the others are compared as far as they have been run
     for method in ("FT", "LwF", "MiB", "HRHF"):
         tried = {float(row.split(", ")[1]): done[0]["all"] for row, done in cells.items() if done and row.startswith(f"{method}, ")}
         chosen = next(run for run in reproduce.study()["table1"] if run.dataset == "voc6" and run.row == method)
-        assert chosen.args.lr not in tried or tried[chosen.args.lr] > max(tried.values()) - 0.005      # half a point: FT has 1.6 to 1.7
+        if chosen.args.lr in tried:                         # FT keeps nothing at any rate: half a point is nothing
+            assert tried[chosen.args.lr] >= max(tried.values()) - (0.005 if method == "FT" else 0)
 
 
 def test_the_learning_rates_are_tried_on_training_images_alone(finished, tmp_path):
@@ -2515,7 +2579,7 @@ def test_a_claim_holds_if_the_seeds_do_not_overlap():
         reproduce.ROWS["ours"], ({1: 0.3, 2: 0.4}, {}, {2: 0.45, 1: 0.325, 3: 0.9}))}
     assert reproduce.claims("ours", cells) == [
         "- keeping earlier fakes helps: **undecided** (55.8 ± 30.2 against 35.0 ± 7.1)",
-        "- earlier fakes kept, points above HRHF as it is here, seed by seed: +2.5, +5.0", ""]
+        "- earlier fakes kept, points above HRHF as it is here: +2.5 (seed 1), +5.0 (seed 2)", ""]
     for _, table, better, worse in reproduce.CLAIMS:
         assert {better, worse} <= set(reproduce.ROWS.get(table, reproduce.MAIN))
 
