@@ -57,6 +57,8 @@ SETTINGS["voc6-dev"] = SETTINGS["voc6"]
 TASK = {"shapes": "15-1", "voc6": "4-1"}                    # of the searches, the judges and the pictures
 JUDGE = 7                                                   # the seed of a Joint network that judges fakes
 ORACLE = "--fake real"                                      # not in train.py: outside the protocol
+VOC6_CLASSES = "background cat cow dog horse person sheep".split()
+JUDGED_FLAGS = ("", "--spectrum 0", "--bn 3")               # whose fakes are judged: those that have fakes of their own
 FIGURE3 = "--classes cat cow dog horse --r 0.5,5,10 --images 64"
 PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()      # what the fakes of a step 0 hang upon
 LATER = ("lr", "epochs", "lam", "num_fakes")                # does not matter to a step 0 and 16 fakes of it
@@ -210,8 +212,7 @@ def hold_out(voc6, folder):
     lines = (voc6 / "ImageSets/Segmentation/train.txt").read_text().splitlines(keepends=True)
     lists.mkdir(parents=True, exist_ok=True)
     for name in ("JPEGImages", "SegmentationClass", "classes.txt"):
-        (folder / name).unlink(missing_ok=True)             # it may be of a voc6 elsewhere
-        (folder / name).symlink_to((voc6 / name).resolve())
+        write_atomically(folder / name, lambda p: p.symlink_to((voc6 / name).resolve()))
     for split, part in (("val", lines[::5]), ("train", [line for i, line in enumerate(lines) if i % 5])):
         write_atomically(lists / f"{split}.txt", lambda p: p.write_text("".join(part)))
     return folder
@@ -328,7 +329,7 @@ def perform(run, place, network=False):
         record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": of_code, "versions": scores["versions"],
                   "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
                   "iou": scores["steps"][-1]["iou"], "seconds": seconds}
-        if fakes and run.flags in ROWS["ours"].values() and not place.extra and run.dataset in TASK:
+        if fakes and run.flags in JUDGED_FLAGS and not place.extra and run.dataset in TASK:
             record["fakes"] = {t: judged(folder / f"fakes-step-{t}", folder / f"step-{t - 1}.pth", run.dataset, place)
                                for t in range(1, len(scores["steps"]))}
         place.results.mkdir(parents=True, exist_ok=True)
@@ -348,12 +349,16 @@ def judged(folder, teacher, dataset, place):
 def step0(dataset, place):
     """Path of the step 0 that the first seed's runs of a data set's first task share."""
     fine_tuning = next(run for run in study()["table1"] if run[:4] == (dataset, TASK[dataset], "disjoint", "FT"))
-    if not shared_step0(fine_tuning, place).exists():
-        with alone(place.runs / fine_tuning.name):
-            if (place.runs / fine_tuning.name / "results.json").exists():
-                shutil.rmtree(place.runs / fine_tuning.name)
+    shared, folder = shared_step0(fine_tuning, place), place.runs / fine_tuning.name
+    with alone(folder):
+        if not shared.exists() and (folder / "results.json").exists():
+            if (folder / "step-0.pth").exists():
+                write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
+            else:
+                shutil.rmtree(folder)
+    if not shared.exists():
         perform(fine_tuning, place, network=True)
-    return shared_step0(fine_tuning, place)
+    return shared
 
 
 def inversion(dataset, flags):
@@ -505,15 +510,17 @@ def verdict(better, worse):
 
 
 def claims(table, cells):
-    """Lines on what a table's cells, {row: its results}, say of the paper's claims; on all classes."""
-    scores = {row: [d["all"] for d in done] for row, done in cells.items() if done}
-    lines = [f"- {text}: **{verdict(scores[a], scores[b])}** ({spread(scores[a])} against {spread(scores[b])})"
-             for text, where, a, b in CLAIMS if where == table and a in scores and b in scores]
-    h, b, r = ({d["seed"]: d["all"] for d in cells.get(row, ())} for row in (HRHF, BASELINE, REAL))
+    """Lines on what a table's cells, {row: its results}, say of the paper's claims; on all classes, over the seeds of both rows."""
+    lines, scores = [], {row: {d["seed"]: d["all"] for d in done} for row, done in cells.items()}
+    for text, where, better, worse in CLAIMS:
+        a, b = (scores.get(row, {}) for row in (better, worse))
+        if where == table and (both := sorted(a.keys() & b.keys())):        # the seeds that both rows have
+            a, b = ([of[seed] for seed in both] for of in (a, b))
+            lines.append(f"- {text}: **{verdict(a, b)}** ({spread(a)} against {spread(b)})")
+    h, b, r = (scores.get(row, {}) for row in (HRHF, BASELINE, REAL))
     if shares := [(h[seed] - b[seed]) / (r[seed] - b[seed]) for seed in sorted(h.keys() & b.keys() & r.keys()) if r[seed] != b[seed]]:
         lines.append(f"- replay recovery, (HRHF - Baseline) / (real - Baseline): {spread(shares)} %")
     if table == "ours":
-        scores = {row: {d["seed"]: d["all"] for d in done} for row, done in cells.items()}
         plain_hrhf = scores.pop(AS_IT_IS)
         for row, of_row in scores.items():
             if both := sorted(of_row.keys() & plain_hrhf.keys()):
@@ -546,7 +553,8 @@ def report(results):
     lines = ["# Results of the study", "",
              "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded, mean ± standard deviation over n",
              "seeds. \"Step 0\" is the network that the rows of a column start from, on its own classes (PI, EWC, RW and LwF-MC train",
-             "their own). A claim of the paper, or of ours, \"holds\" or \"does not hold\" here if the two rows' seeds do not overlap on all classes.",
+             "their own). A claim of the paper, or of ours, \"holds\" or \"does not hold\" here if the two rows do not overlap on all classes, over",
+             "the seeds that both have.",
              "An epoch is one pass over a step's real images; a batch that is half fake makes it twice as many iterations. `voc6` is",
              "photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be compared.",
              "`voc6-dev` is the training images of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
@@ -584,7 +592,7 @@ def report(results):
                   "old classes, HRHF's a sum.", ""]
         lines += [f"- {beaten_points(points, 'HRHF', 'MiB')}", f"- {beaten_points(points, 'MiB', 'HRHF')}", ""]
     fakes = {}
-    for run in dict.fromkeys(run._replace(row="HRHF") for flags in ROWS["ours"].values()
+    for run in dict.fromkeys(run._replace(row="HRHF") for flags in JUDGED_FLAGS
                              for runs in study().values() for run in runs if run.flags == flags):
         for done in cells_of([run], results)["HRHF"]:
             for step, scores in done.get("fakes", {}).items():
@@ -623,7 +631,7 @@ judge IoU: the same share, and agreement with the inverted network's map, by a J
 def make_voc6(root, target):
     """voc6 out of VOC 2012: the listed images, short side 192, bicubic, JPEG quality 90; masks nearest, ids 1 .. 6."""
     voc, target = Path(root) / "VOCdevkit" / "VOC2012", Path(target)
-    names = "background cat cow dog horse person sheep".split()
+    names = VOC6_CLASSES
     table = [names.index(c) if c in names else 0 for c in data.VOC_CLASSES] + [0] * (255 - len(data.VOC_CLASSES)) + [255]
     lists = json.loads((HERE / "results" / "voc6.json").read_text())
     if not (voc / "JPEGImages").is_dir():
@@ -647,7 +655,10 @@ def make_voc6(root, target):
 
 
 def check_voc6(args):
-    """The records are of these images and these weights alone."""
+    """The records are of these lists of images, these classes and these weights alone."""
+    classes = Path(args.voc6) / "classes.txt"
+    if not classes.is_file() or classes.read_text().split() != VOC6_CLASSES:
+        raise InputError(f"--voc6 {args.voc6}: not voc6 ({classes} is not {' '.join(VOC6_CLASSES)}); --make-voc6 makes it")
     for split, ids in json.loads((HERE / "results" / "voc6.json").read_text()).items():
         path = Path(args.voc6) / "ImageSets/Segmentation" / f"{split}.txt"
         if not path.is_file() or path.read_text().split() != ids:
