@@ -270,7 +270,7 @@ def judge_fakes(folder, teacher, dataset, judge=None):
     """
     names, sums = teacher[1], {}
     try:
-        fakes = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        fakes = map(json.loads, (folder / "manifest.jsonl").read_text().splitlines())
         asked = [(fake["file"], fake["classes"][1:]) for fake in fakes]
     except (ValueError, LookupError, TypeError):
         asked = []

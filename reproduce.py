@@ -296,8 +296,7 @@ def perform(run, place, network=False):
     Its checkpoints and fakes are removed then, but for what other runs build upon.
     """
     result, folder, args, shared = place.results / f"{run.name}.json", place.runs / run.name, run.args, shared_step0(run, place)
-    method, of_code = METHODS[args.method], commit()
-    weights = place.roots.get("weights")
+    method, weights = METHODS[args.method], place.roots.get("weights")
     shares = not (method.offline or method.importance or args.method == "lwf-mc")         # those have a step 0 of their own
     with alone(folder):
         finished = (folder / "results.json").exists() and any(folder.glob("step-*.pth"))
@@ -326,7 +325,7 @@ def perform(run, place, network=False):
             with alone(first_fakes):
                 copy_folder(folder / "fakes-step-1", first_fakes)
         final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
-        record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": of_code, "versions": scores["versions"],
+        record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": commit(), "versions": scores["versions"],
                   "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
                   "iou": scores["steps"][-1]["iou"], "seconds": seconds}
         if fakes and run.flags in JUDGED_FLAGS and not place.extra and run.dataset in TASK:
@@ -448,7 +447,7 @@ def figure3(place):
 
     The images take the classes in turn, as the fakes do: the statistics that --bn asks a batch for are those of all classes.
     """
-    args, path, of_code = inversion("voc6", "").args, place.results / "figure3.json", commit()
+    args, path = inversion("voc6", "").args, place.results / "figure3.json"
     if recorded(path, figure3_settings(), LATER):
         return
     weights = [f"--{flag}={getattr(args, name)}" for flag, name in (("steps", "fake_steps"), ("lr", "fake_lr"), ("tv", "tv"), ("bn", "bn"),
@@ -456,7 +455,7 @@ def figure3(place):
     shares = seginversion.main([*FIGURE3.split(), *weights, "--checkpoint", str(step0("voc6", place)),
                                 "--out", str(place.results.parent / "figure3.png")])
     write_atomically(path, lambda p: p.write_text(json.dumps(
-        {"settings": figure3_settings(), "commit": of_code, "share": shares}, indent=1) + "\n"))
+        {"settings": figure3_settings(), "commit": commit(), "share": shares}, indent=1) + "\n"))
 
 
 def figure4(place, count=6):
@@ -553,11 +552,10 @@ def report(results):
     lines = ["# Results of the study", "",
              "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded, mean ± standard deviation over n",
              "seeds. \"Step 0\" is the network that the rows of a column start from, on its own classes (PI, EWC, RW and LwF-MC train",
-             "their own). A claim of the paper, or of ours, \"holds\" or \"does not hold\" here if the two rows do not overlap on all classes, over",
-             "the seeds that both have.",
-             "An epoch is one pass over a step's real images; a batch that is half fake makes it twice as many iterations. `voc6` is",
-             "photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be compared.",
-             "`voc6-dev` is the training images of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
+             "their own). A claim of the paper, or of ours, \"holds\" or \"does not hold\" here if the two rows do not overlap on all",
+             "classes, over the seeds that both have. An epoch is one pass over a step's real images; a batch that is half fake makes it",
+             "twice as many iterations. `voc6` is photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so",
+             "only the pattern can be compared. `voc6-dev` is the training images of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
               + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's.",
@@ -631,8 +629,7 @@ judge IoU: the same share, and agreement with the inverted network's map, by a J
 def make_voc6(root, target):
     """voc6 out of VOC 2012: the listed images, short side 192, bicubic, JPEG quality 90; masks nearest, ids 1 .. 6."""
     voc, target = Path(root) / "VOCdevkit" / "VOC2012", Path(target)
-    names = VOC6_CLASSES
-    table = [names.index(c) if c in names else 0 for c in data.VOC_CLASSES] + [0] * (255 - len(data.VOC_CLASSES)) + [255]
+    table = [VOC6_CLASSES.index(c) if c in VOC6_CLASSES else 0 for c in data.VOC_CLASSES] + [0] * (255 - len(data.VOC_CLASSES)) + [255]
     lists = json.loads((HERE / "results" / "voc6.json").read_text())
     if not (voc / "JPEGImages").is_dir():
         raise InputError(f"--make-voc6 {root}: no VOC 2012 there ({voc / 'JPEGImages'} is no folder)")
@@ -650,7 +647,7 @@ def make_voc6(root, target):
                 p, "JPEG", quality=90))
             write_atomically(target / "SegmentationClass" / f"{name}.png", lambda p: small.save(p, "PNG"))
         (target / "ImageSets/Segmentation" / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids))
-    (target / "classes.txt").write_text("".join(f"{name}\n" for name in names))
+    (target / "classes.txt").write_text("".join(f"{name}\n" for name in VOC6_CLASSES))
     print(f"{', '.join(f'{len(ids)} {split}' for split, ids in lists.items())} images in {target}")
 
 
@@ -709,7 +706,7 @@ def main(argv=None):
                 perform(run, place)
             print(f"reproduce.py: all {len(kinds)} kinds of runs that shapes has work")
         return
-    commit()                                                # of the code that is loaded now
+    commit()                                                # of the code that is loaded now: it is kept for all records
     if not args.tables:
         if {run.dataset for run in runs} | {*weights} | {"voc6" for _ in pictures} != {"shapes"}:
             check_voc6(args)

@@ -410,11 +410,12 @@ def main(argv=None):
     asked = [group.split(",") for group in args.classes]
     unknown = [c for group in asked for c in group if c not in names[1:]]
     if unknown:
-        raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is unknown to this checkpoint, which knows {', '.join(names[1:])}")
+        raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is unknown to this checkpoint, "
+                         f"which knows {', '.join(names[1:])}")
     for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12), ("tv", 0), ("bn", 0), ("spectrum", 0), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2 ** 63:
-            raise InputError(f"--{name} {value}: must be a finite number, at least {least}")
+            raise InputError(f"--{name} {value}: must be a finite number, at least {least} and below 2**63")
     if args.spectrum is not None and args.spectrum > 4:
         raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
     if args.images < len(asked):
