@@ -9,7 +9,7 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
 A run is a command of train.py. Its result, results/study/<run>.json, is committed, and a run that has one
 is skipped unless its network is needed (a judge, a step 0, Figure 4) and gone; an interrupted run goes on
 where it stopped. Runs of one data set, task and seed share the step 0 of their first (--step0), as far as
-their method allows, and the fakes made out of it.
+their method allows, and the fakes made out of it; Joint's only step is every task's.
 
 What is chosen is chosen on training images: learning rates on voc6-dev, whose test set is every fifth
 training image of voc6 (table "rates"); the weights of SegInversion by a judge, the Joint network of a seed
@@ -258,7 +258,8 @@ def judge(dataset, place):
 
 def shared_step0(run, place):
     schedule = plain(f"{run.args.epochs0} {run.args.lr0} {run.args.batch_size} {run.args.crop}")
-    return place.runs / f"step0-{run.dataset}-{run.task}-{run.setting}-{run.seed}-{schedule}.pth"
+    of = "joint" if METHODS[run.args.method].offline else f"{run.task}-{run.setting}"       # Joint's one step is that of every task
+    return place.runs / f"step0-{run.dataset}-{of}-{run.seed}-{schedule}.pth"
 
 
 @contextlib.contextmanager
@@ -297,7 +298,7 @@ def perform(run, place, network=False):
     """
     result, folder, args, shared = place.results / f"{run.name}.json", place.runs / run.name, run.args, shared_step0(run, place)
     method, weights = METHODS[args.method], place.roots.get("weights")
-    shares = not (method.offline or method.importance or args.method == "lwf-mc")         # those have a step 0 of their own
+    shares = not (method.importance or args.method == "lwf-mc")                           # those have a step 0 of their own
     with alone(folder):
         finished = (folder / "results.json").exists() and any(folder.glob("step-*.pth"))
         if recorded(result, run.settings) and (finished or not network):

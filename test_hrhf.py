@@ -2387,6 +2387,19 @@ def test_an_interrupted_run_of_the_study_goes_on_as_it_began_and_a_lost_network_
         path.unlink()
 
 
+def test_joint_is_trained_once_for_all_tasks_and_settings_of_the_study(finished, tmp_path, monkeypatch):
+    monkeypatch.setitem(reproduce.SETTINGS, "shapes", f"{COMMON} --epochs 1")
+    place, trained, train_step = reproduce.Place({"shapes": finished / "data"}, tmp_path / "runs", tmp_path / "results"), [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (trained.append(a[6]), train_step(*a)))
+    records = []
+    for task, setting, seed in (("1-1", "disjoint", 3), ("2-1", "overlapped", 3), ("2-1", "overlapped", 4)):
+        run = reproduce.Run("shapes", task, setting, "Joint", "--method joint", seed)
+        reproduce.perform(run, place)
+        records.append(json.loads((tmp_path / f"results/{run.name}.json").read_text()))
+    assert trained == [0, 0]                                # another seed: another network
+    assert records[0]["iou"] == records[1]["iou"] != records[2]["iou"] and records[0]["old"] != records[1]["old"]
+
+
 def test_a_folder_of_the_study_is_one_process_s_and_copied_whole_or_not_at_all(tmp_path, monkeypatch):
     entered = threading.Event()
 
