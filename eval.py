@@ -161,7 +161,8 @@ def compare(runs, csv_path):
         column, method = (s["dataset"], s["task"], s["setting"]), METHODS[s["method"]]
         usual = {"lam": method.lam, "init": method.init, "fake": "seginversion" if method.fakes else "none",
                  "r": "random", "real_fake": "1:1", "void": "background", "keep_fakes": False, "spectrum": 1.0}
-        flags = [f"--{k.replace('_', '-')}" + (f" {s[k]}" if s[k] is not True else "") for k in usual if s.get(k, usual[k]) != usual[k]]
+        flags = [f"--{k.replace('_', '-')}" + (f" {s[k]}" if s[k] is not True else "")
+                 for k in usual if s.get(k, usual[k]) != usual[k]]
         label = " ".join([s["method"], *flags])
         paper = None if flags else PAPER.get(column, {}).get(label)
         ours = [math.nan if score[k] is None else 100 * score[k] for k in ("old", "new", "all")]
@@ -266,7 +267,8 @@ def judge_fakes(folder, teacher, dataset, judge=None):
     found    share of those in which the teacher gives it more than 1 % of the pixels
     sure     the teacher's mean probability of the class on the pixels it gives it
     size     share of pixels the class has in those where it was found, and in the real images that show it
-    judge    the same share as found, by the judge; and its IoU with the teacher's map over all fakes asked (0 if neither finds it)
+    judge    the same share as found, by the judge; and its IoU with the teacher's map over all fakes asked (0 if
+             neither finds it)
     """
     names, sums = teacher[1], {}
     try:
@@ -319,11 +321,14 @@ def print_fakes(scores):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Score a run again, segment pictures with its last model, or judge its fakes.")
+    parser = argparse.ArgumentParser(
+        description="Score a run again, segment pictures with its last model, or judge its fakes.")
     parser.add_argument("run", nargs="?", help="run folder that train.py wrote")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="print one table of these runs, and write compare.csv")
+    parser.add_argument("--compare", nargs="+", metavar="RUN",
+                        help="print one table of these runs, and write compare.csv")
     parser.add_argument("--fakes", type=int, metavar="STEP", help="judge the fakes that this step of the run was given")
-    parser.add_argument("--judge", metavar="CHECKPOINT", help="--fakes: of another network, not used in their synthesis")
+    parser.add_argument("--judge", metavar="CHECKPOINT",
+                        help="--fakes: of another network, not used in their synthesis")
     parser.add_argument("--predict", nargs="+", metavar="PATH", help="segment these images and folders instead")
     parser.add_argument("--out", default="predictions", help="folder for --predict's PNGs")
     parser.add_argument("--data-root", help="where the data is now, if it was moved since the run")

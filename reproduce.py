@@ -87,10 +87,13 @@ class Run(NamedTuple):
     @property
     def settings(self):             # what matters to it: train.py's, defaults written out, but for those that it does not use
         method, real = METHODS[self.args.method], ORACLE in self.flags
-        unused = {"out", "data_root", "step0", "pretrained", "workers", "compile", "amp"} | ({"lr", "epochs"} if method.offline else set())
+        unused = {"out", "data_root", "step0", "pretrained", "workers", "compile", "amp"}
+        if method.offline:
+            unused |= {"lr", "epochs"}
         if self.args.fake != "seginversion" or real:
             unused |= set(PLAN) - (set() if self.args.fake == "none" else {"num_fakes", "fake_batch"})
-        return {"images": self.dataset, "real": real, **{key: value for key, value in vars(self.args).items() if key not in unused}}
+        return {"images": self.dataset, "real": real,
+                **{key: value for key, value in vars(self.args).items() if key not in unused}}
 
 
 class Place(NamedTuple):
@@ -173,13 +176,15 @@ def study():
         return [Run(dataset, task, setting, row, rate(flags), seed) for seed in seeds for row, flags in rows.items()]
     first = SEEDS[:1]
     tables = {
-        "rates": runs({f"{row}, {lr}": f"{MAIN[row]} --lr {lr}".strip() for row in ("FT", "LwF", "MiB", "HRHF") for lr in RATES}, "voc6-dev", "4-1", first),
+        "rates": runs({f"{row}, {lr}": f"{MAIN[row]} --lr {lr}".strip()
+                       for row in ("FT", "LwF", "MiB", "HRHF") for lr in RATES}, "voc6-dev", "4-1", first),
         "table1": runs(MAIN, "voc6", "4-1") + runs(MAIN, "voc6", "3-1")
         + [run for task in ("15-1", "15-5", "19-1") for run in runs(MAIN, "shapes", task) + runs(OTHERS, "shapes", task, first)]
         + runs(OTHERS, "voc6", "4-1", first) + runs(OTHERS, "voc6", "3-1", first)
         + [run for task in ("5-1", "4-2") for run in runs({**MAIN, **OTHERS}, "voc6", task, first)]
         + [run for task in ("4-1", "3-1") for run in runs({**MAIN, **OTHERS}, "voc6", task, first, "overlapped")],
-        "table2": runs(ROWS["table2"], "voc6", "4-1") + runs(ROWS["table2"], "voc6", "3-1") + runs(ROWS["table2"], "shapes", "15-1"),
+        "table2": runs(ROWS["table2"], "voc6", "4-1") + runs(ROWS["table2"], "voc6", "3-1")
+        + runs(ROWS["table2"], "shapes", "15-1"),
         **{table: runs(ROWS[table], "shapes", "15-5") for table in ("table3", "table4", "table5", "table6")},
         "ours": runs(ROWS["ours"], "voc6", "4-1") + runs(ROWS["ours"], "voc6", "3-1"),
         "curves": runs(CURVES, "voc6", "4-1", first),
@@ -221,7 +226,8 @@ def hold_out(voc6, folder):
 def flags_of(run, place, step0, weights):
     """train.py's flags for a run in its folder, from a given step 0 or, if it is None, from these weights of the backbone."""
     root = hold_out(place.roots["voc6"], place.runs / "voc6-dev") if run.dataset == "voc6-dev" else place.roots[run.dataset]
-    flags = [*run.command.replace(ORACLE, "").split(), "--data-root", str(root), "--out", str(place.runs / run.name), *place.extra]
+    flags = [*run.command.replace(ORACLE, "").split(), "--data-root", str(root), "--out", str(place.runs / run.name),
+             *place.extra]
     if run.dataset != "shapes":
         flags += ["--pretrained", str(weights)]
     return flags + (["--step0", str(step0)] if step0 else [])
@@ -258,7 +264,7 @@ def judge(dataset, place):
 
 def shared_step0(run, place):
     schedule = plain(f"{run.args.epochs0} {run.args.lr0} {run.args.batch_size} {run.args.crop}")
-    of = "joint" if METHODS[run.args.method].offline else f"{run.task}-{run.setting}"       # Joint's one step is that of every task
+    of = "joint" if METHODS[run.args.method].offline else f"{run.task}-{run.setting}"   # Joint's only step is every task's
     return place.runs / f"step0-{run.dataset}-{of}-{run.seed}-{schedule}.pth"
 
 
@@ -287,7 +293,8 @@ def begun(run, place):
     if trained and ((folder / "step-0.pth").exists() or not (folder / "results.json").exists()):        # perform removes it first
         there = data.read_json(folder / "settings.json", {"dataset": str})
         here = vars(train.parse([*run.command.replace(ORACLE, "").split(), *place.extra]))
-        if all(there.get(key) == here[key] for key in here if key not in "out data_root workers compile step0 pretrained".split()):
+        may_differ = "out data_root workers compile step0 pretrained".split()
+        if all(there.get(key) == here[key] for key in here if key not in may_differ):
             return there
 
 
@@ -326,8 +333,8 @@ def perform(run, place, network=False):
             with alone(first_fakes):
                 copy_folder(folder / "fakes-step-1", first_fakes)
         final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
-        record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": commit(), "versions": scores["versions"],
-                  "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
+        record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": commit(),
+                  "versions": scores["versions"], "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
                   "iou": scores["steps"][-1]["iou"], "seconds": seconds}
         if fakes and run.flags in JUDGED_FLAGS and not place.extra and run.dataset in TASK:
             record["fakes"] = {t: judged(folder / f"fakes-step-{t}", folder / f"step-{t - 1}.pth", run.dataset, place)
@@ -341,8 +348,10 @@ def perform(run, place, network=False):
 
 def judged(folder, teacher, dataset, place):
     """judge_fakes of eval.py, for the fakes in a folder."""
-    networks = [(model.eval(), about["classes"]) for path in (teacher, judge(dataset, place)) for model, about in [load_model(path)]]
-    train_set = data.load(train.parse(f"{SETTINGS[dataset]} --task {TASK[dataset]}".split()).dataset, place.roots[dataset], "train")
+    networks = [(model.eval(), about["classes"])
+                for path in (teacher, judge(dataset, place)) for model, about in [load_model(path)]]
+    args = train.parse(f"{SETTINGS[dataset]} --task {TASK[dataset]}".split())
+    train_set = data.load(args.dataset, place.roots[dataset], "train")
     return judge_fakes(folder, networks[0], train_set, networks[1])
 
 
@@ -518,7 +527,8 @@ def claims(table, cells):
             a, b = ([of[seed] for seed in both] for of in (a, b))
             lines.append(f"- {text}: **{verdict(a, b)}** ({spread(a)} against {spread(b)})")
     h, b, r = (scores.get(row, {}) for row in (HRHF, BASELINE, REAL))
-    if shares := [(h[seed] - b[seed]) / (r[seed] - b[seed]) for seed in sorted(h.keys() & b.keys() & r.keys()) if r[seed] != b[seed]]:
+    if shares := [(h[seed] - b[seed]) / (r[seed] - b[seed])
+                  for seed in sorted(h.keys() & b.keys() & r.keys()) if r[seed] != b[seed]]:
         lines.append(f"- replay recovery, (HRHF - Baseline) / (real - Baseline): {spread(shares)} %")
     if table == "ours":
         plain_hrhf = scores.pop(AS_IT_IS)
@@ -599,7 +609,8 @@ def report(results):
     if fakes:
         lines += ["## How good the fakes are", "", MEANING, "", "| HRHF's fakes of" + JUDGED_HEAD]
         lines += [judged_row(name, scores) for name, scores in fakes.items()] + [""]
-        of_voc6 = [scores for name, all_scores in fakes.items() if name.startswith("voc6 ") and "--" not in name for scores in all_scores]
+        of_voc6 = [scores for name, all_scores in fakes.items() if name.startswith("voc6 ") and "--" not in name
+                   for scores in all_scores]
         classes = sorted({name for scores in of_voc6 for name in scores})
         lines += ["Of every class, over all tasks, steps and seeds of voc6 above without a flag (n sets of fakes):", "", "| voc6 fakes of" + JUDGED_HEAD]
         lines += [judged_row(c, [{c: scores[c]} for scores in of_voc6 if c in scores]) for c in classes] + [""]
@@ -614,7 +625,8 @@ def report(results):
                   "images that ask for it.", "",
                   "| r | " + " | ".join(shares) + " |", "|---|" + "---|" * len(shares)]
         lines += [f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |" for name in classes]
-        lines += ["| all | " + " | ".join(f"{100 * statistics.mean(share[name] for name in classes):.1f} %" for share in shares.values()) + " |"]
+        means = [100 * statistics.mean(share[name] for name in classes) for share in shares.values()]
+        lines += ["| all | " + " | ".join(f"{mean:.1f} %" for mean in means) + " |"]
         lines += ["", "![Figure 3](figure3.png)", ""]
     else:
         lines += ["Not run.", ""]
@@ -630,7 +642,8 @@ judge IoU: the same share, and agreement with the inverted network's map, by a J
 def make_voc6(root, target):
     """voc6 out of VOC 2012: the listed images, short side 192, bicubic, JPEG quality 90; masks nearest, ids 1 .. 6."""
     voc, target = Path(root) / "VOCdevkit" / "VOC2012", Path(target)
-    table = [VOC6_CLASSES.index(c) if c in VOC6_CLASSES else 0 for c in data.VOC_CLASSES] + [0] * (255 - len(data.VOC_CLASSES)) + [255]
+    table = [VOC6_CLASSES.index(c) if c in VOC6_CLASSES else 0 for c in data.VOC_CLASSES]
+    table += [0] * (255 - len(table)) + [255]
     lists = json.loads((HERE / "results" / "voc6.json").read_text())
     if not (voc / "JPEGImages").is_dir():
         raise InputError(f"--make-voc6 {root}: no VOC 2012 there ({voc / 'JPEGImages'} is no folder)")
@@ -694,7 +707,8 @@ def main(argv=None):
             and args.dataset in (None, run.dataset) and args.seed in (None, run.seed)]
     first = args.seed in (None, SEEDS[0])                   # weights and pictures are of one seed
     weights = [dataset for dataset in WEIGHTS if first and args.only in (None, "weights") and args.dataset in (None, dataset)]
-    pictures = [draw for draw in (figure3, figure4) if first and args.only in (None, draw.__name__) and args.dataset in (None, "voc6")]
+    pictures = [draw for draw in (figure3, figure4)
+                if first and args.only in (None, draw.__name__) and args.dataset in (None, "voc6")]
     if not (runs or weights or pictures):
         raise InputError("--only, --dataset and --seed leave nothing to run")
     if args.quick:

@@ -305,7 +305,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
 
     C = sum(model.classes_per_step)
     device = next(model.parameters()).device
-    if compile:                                             # what was compiled for another network counts against a limit
+    if compile:                                 # what was compiled for another network counts against a limit
         torch.compiler.reset()
     asked = balanced_targets(num_images, C - 1, derive_seed(seed, 0), most)
     part = lambda b: folder / f"batch-{b:05d}.jsonl"
@@ -391,14 +391,17 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="Figure 3: the same noise inverted at several r.")
     parser.add_argument("--checkpoint", required=True, help="step-<k>.pth of a run")
     parser.add_argument("--classes", nargs="+", required=True,
-                        help="names, with commas: horse,person (background is added). Several such sets: the images take them in turn")
+                        help="names, with commas: horse,person (background is added). "
+                             "Several such sets: the images take them in turn")
     parser.add_argument("--r", default="0.5,5,10", help="one column of the picture each; also avg and max")
     parser.add_argument("--out", default="figure3.png")
     parser.add_argument("--images", type=int, default=16, help="inverted together; the first four are drawn")
     parser.add_argument("--size", type=int, help="height and width; default: as in the checkpoint's run")
-    parser.add_argument("--steps", type=int, help="more for cleaner pictures; default of this and the next four: as in the run")
+    parser.add_argument("--steps", type=int,
+                        help="more for cleaner pictures; default of this and the next four: as in the run")
     for name in ("lr", "tv", "bn", "spectrum"):
-        parser.add_argument(f"--{name}", type=float, help="as --fake-lr of train.py" if name == "lr" else "as in train.py")
+        parser.add_argument(f"--{name}", type=float,
+                            help="as --fake-lr of train.py" if name == "lr" else "as in train.py")
     parser.add_argument("--seed", type=int, default=0, help="another one for other noise")
     return parser.parse_args(argv)
 
@@ -410,9 +413,10 @@ def main(argv=None):
     asked = [group.split(",") for group in args.classes]
     unknown = [c for group in asked for c in group if c not in names[1:]]
     if unknown:
-        raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is unknown to this checkpoint, "
-                         f"which knows {', '.join(names[1:])}")
-    for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12), ("tv", 0), ("bn", 0), ("spectrum", 0), ("seed", 0)):
+        raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is unknown to this "
+                         f"checkpoint, which knows {', '.join(names[1:])}")
+    for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12),
+                        ("tv", 0), ("bn", 0), ("spectrum", 0), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and not least <= value < 2 ** 63:
             raise InputError(f"--{name} {value}: must be a finite number, at least {least} and below 2**63")

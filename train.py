@@ -91,8 +91,8 @@ def parse(argv=None):
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
     a("--tv", type=float, default=0.3, help="weight of the total variation; raise it if fakes are noisy")
     a("--bn", type=float, default=10.0, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
-    a("--spectrum", type=float, default=1.0, help="ours: 1 / f^SPECTRUM noise and gradients in SegInversion; 0: plain Adam from "
-      "white noise")
+    a("--spectrum", type=float, default=1.0, help="ours: 1 / f^SPECTRUM noise and gradients in SegInversion; "
+      "0: plain Adam from white noise")
     a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
     a("--compile", action="store_true", help="torch.compile for SegInversion: costs a minute or two at first")
     a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
@@ -227,7 +227,8 @@ def share_step0(args, classes, checkpoint):
         (model.backbone, about["classes"], about["crop"]), (args.backbone, classes, args.crop)))
     if there != here:
         what = next(what for what, a, b in zip(("backbone", "classes", "crop"), there, here) if a != b)
-        raise InputError(f"--step0 {args.step0}: its {what} differs from this command's; train step 0 anew, without --step0")
+        raise InputError(f"--step0 {args.step0}: its {what} differs from this command's; "
+                         "train step 0 anew, without --step0")
     write_atomically(checkpoint, lambda p: shutil.copyfile(args.step0, p))
 
 
@@ -400,9 +401,10 @@ def main(argv=None):
                     began = time.monotonic()
                     try:
                         fakes = synthesize(
-                            teacher, run / f"fakes-step-{step}", number_of_fakes, size=args.crop, batch_size=args.fake_batch,
-                            r=args.r, most=args.fake_classes, seed=derive_seed(args.seed, step, 2), rank=rank, world=world,
-                            compile=args.compile, report=lambda event: log(step=step, phase="seginversion", **event),
+                            teacher, run / f"fakes-step-{step}", number_of_fakes, size=args.crop,
+                            batch_size=args.fake_batch, r=args.r, most=args.fake_classes,
+                            seed=derive_seed(args.seed, step, 2), rank=rank, world=world, compile=args.compile,
+                            report=lambda event: log(step=step, phase="seginversion", **event),
                             **{**inversion, **({"steps": 0, "spectrum": 0.0} if args.fake == "noise" else {})})
                     except torch._dynamo.exc.TorchDynamoException as error:
                         raise InputError(f"--compile: torch.compile failed ({' '.join(str(error).split())[:200]}); "
@@ -410,9 +412,10 @@ def main(argv=None):
                     if rank == 0:
                         save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
                     seconds["seginversion"] = time.monotonic() - began
-                    for t in range(1, step) if args.keep_fakes else ():       # labelled by the latest teacher, as its own
+                    for t in range(1, step) if args.keep_fakes else ():     # labelled by the latest teacher, as its own
                         if not (run / f"fakes-step-{t}/manifest.jsonl").exists():
-                            raise InputError(f"--keep-fakes: {run}/fakes-step-{t} holds no finished set of fakes; copy it there")
+                            raise InputError(f"--keep-fakes: {run}/fakes-step-{t} holds no finished set of fakes; "
+                                             "copy it there")
                         fakes += sorted(run.glob(f"fakes-step-{t}/*.png"))
                 student, _ = load_model(run / f"step-{step - 1}.pth")
                 student.add_classes(len(steps[step]), args.init)
@@ -420,17 +423,19 @@ def main(argv=None):
             importance = METHODS[args.method].importance
             if importance:
                 if teacher and about["method"] != args.method:
-                    raise InputError(f"{run}/step-{step - 1}.pth was trained with --method {about['method']}, which did "
-                                     f"not gather what {args.method} needs; train that step with --method {args.method}")
+                    raise InputError(f"{run}/step-{step - 1}.pth was trained with --method {about['method']}, which "
+                                     f"did not gather what {args.method} needs; train that step with --method "
+                                     f"{args.method}")
                 importance = importance(student, teacher, teacher and about["importance"])
             view = data.View(train_set, images, data.label_map(steps, step, "train", args.void),
                              data.train_transform(args.crop), fakes)
             if images:
-                train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds, rank, world, device)
+                train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds,
+                           rank, world, device)
             if rank == 0:
                 channels = [0] + [c for classes in steps[:step + 1] for c in classes]
-                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion, seconds=seconds, method=args.method,
-                           importance=importance and importance.state_dict(),
+                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion, seconds=seconds,
+                           method=args.method, importance=importance and importance.state_dict(),
                            classes=[train_set.classes[c] for c in channels])
                 (run / "last.pth").unlink(missing_ok=True)
             if world > 1:
