@@ -1317,11 +1317,13 @@ def test_keep_fakes_trains_on_the_pools_of_earlier_steps_as_well(finished, tmp_p
     train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
     names = [[f"fakes-step-{t}/{i:05d}.png" for i in range(8)] for t in (1, 2)]
     assert [pool for pool in pools if pool is not None] == [[], names[0], names[1] + names[0]]
-    shutil.rmtree(tmp_path / "fakes-step-1")
+    for gone in ("fakes-step-1", "fakes-step-2"):
+        shutil.rmtree(tmp_path / gone)
     (tmp_path / "step-2.pth").unlink()
     (tmp_path / "step-2.json").unlink()
     with pytest.raises(InputError, match="fakes-step-1 holds no finished set"):
         train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
+    assert not (tmp_path / "fakes-step-2").exists()         # said before hours of synthesis
     with pytest.raises(InputError, match="no fakes to keep"):
         train.parse("--keep-fakes --method ft".split())
 

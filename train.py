@@ -398,6 +398,9 @@ def main(argv=None):
                 teacher, about = load_model(run / f"step-{step - 1}.pth", device)
                 teacher.requires_grad_(False)
                 if number_of_fakes:
+                    earlier = [run / f"fakes-step-{t}" for t in range(1, step)] if args.keep_fakes else []
+                    if gone := [folder for folder in earlier if not (folder / "manifest.jsonl").exists()]:
+                        raise InputError(f"--keep-fakes: {gone[0]} holds no finished set of fakes; copy it there")
                     began = time.monotonic()
                     try:
                         fakes = synthesize(
@@ -412,11 +415,8 @@ def main(argv=None):
                     if rank == 0:
                         save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
                     seconds["seginversion"] = time.monotonic() - began
-                    for t in range(1, step) if args.keep_fakes else ():     # labelled by the latest teacher, as its own
-                        if not (run / f"fakes-step-{t}/manifest.jsonl").exists():
-                            raise InputError(f"--keep-fakes: {run}/fakes-step-{t} holds no finished set of fakes; "
-                                             "copy it there")
-                        fakes += sorted(run.glob(f"fakes-step-{t}/*.png"))
+                    for folder in earlier:                  # labelled by the latest teacher, as its own
+                        fakes += sorted(folder.glob("*.png"))
                 student, _ = load_model(run / f"step-{step - 1}.pth")
                 student.add_classes(len(steps[step]), args.init)
             student.to(device)
