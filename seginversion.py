@@ -253,13 +253,15 @@ def balanced_targets(num_images, num_classes, seed, most=3):
 
 
 def parse_r(text):
-    """--r: "random" (per image and class out of R_CHOICES), "avg" (0), "max" (inf) or a number >= 0."""
+    """--r: "avg" (0), "max" (inf), a number >= 0, or None for one out of R_CHOICES, drawn anew for every image and
+    class ("random": Sec. 3.2) or for every image ("random-image": Sec. 4.4 speaks of "each random input")."""
+    named = {"random": None, "random-image": None, "avg": 0.0, "max": math.inf}
     try:
-        r = {"random": None, "avg": 0.0, "max": math.inf}[text] if text in ("random", "avg", "max") else float(text)
+        r = named[text] if text in named else float(text)
     except ValueError:
         r = -1.0
     if r is not None and not r >= 0:
-        raise InputError(f"--r {text}: expected random, avg, max or a number >= 0")
+        raise InputError(f"--r {text}: expected random, random-image, avg, max or a number >= 0")
     return r
 
 
@@ -318,8 +320,11 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
         batch_seed = derive_seed(seed, 1, b)
         generator = torch.Generator().manual_seed(batch_seed)
         value = parse_r(r)
-        scales = torch.tensor(R_CHOICES)[torch.randint(len(R_CHOICES), (len(images), C), generator=generator)] \
-            if value is None else torch.full((len(images), C), value)
+        if value is None:
+            drawn = torch.randint(len(R_CHOICES), (len(images), 1 if r == "random-image" else C), generator=generator)
+            scales = torch.tensor(R_CHOICES)[drawn.expand(-1, C)]
+        else:
+            scales = torch.full((len(images), C), value)
         targets = torch.zeros(len(images), C)
         for row, i in enumerate(images):
             targets[row, [0, *asked[i]]] = 1
@@ -435,7 +440,7 @@ def main(argv=None):
     for text in texts:
         r = parse_r(text)
         if r is None:
-            raise InputError("--r random: name the scales to compare instead, such as 0.5,5,10")
+            raise InputError(f"--r {text}: name the scales to compare instead, such as 0.5,5,10")
         x = invert(model, targets, r, size=args.size or about["crop"], seed=args.seed, **options)
         if not bool(x.isfinite().all()):
             raise FloatingPointError(f"r = {text}: a pixel is not finite; try a lower --lr")

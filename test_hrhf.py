@@ -1220,6 +1220,10 @@ def test_synthesize_asks_for_background_everywhere_and_draws_r_per_image_and_cla
     asked.clear()
     make_fakes(tmp_path / "max", r="max")
     assert all(torch.isinf(r).all() for _, r in asked)
+    asked.clear()
+    make_fakes(tmp_path / "random-image", r="random-image")
+    r = torch.cat([r for _, r in asked])
+    assert r.shape == (10, 4) and (r == r[:, :1]).all() and len(set(r[:, 0].tolist())) > 1
     line = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[3])
     net = tiny((4,)).eval()                                 # what is found is found in the file
     x = seginversion.normalised(torch.from_numpy(np.array(Image.open(tmp_path / "00003.png"))).movedim(-1, 0)[None], "cpu")
@@ -1289,7 +1293,7 @@ def test_synthesize_stops_on_a_loss_that_is_not_finite(tmp_path):
 
 
 def test_parse_r():
-    assert [seginversion.parse_r(t) for t in ("random", "avg", "max", "0.5", "20")] == [None, 0, math.inf, 0.5, 20]
+    assert [seginversion.parse_r(t) for t in ("random", "random-image", "avg", "max", "0.5", "20")] == [None, None, 0, math.inf, 0.5, 20]
 
 
 # ---------------------------------------------------------------------------------- train.py, end to end

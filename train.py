@@ -81,7 +81,8 @@ def parse(argv=None):
     a("--init", choices=["background", "random"], help="of new classifiers, if not the method's (HRHF's: background)")
     a("--fake", choices=["seginversion", "noise", "none"],
       help="if not the method's. Table 2: none is its Baseline, noise its +Noise")
-    a("--r", default="random", help="scale of Eq. 1: a number, avg or max (Tables 3 and 4)")
+    a("--r", default="random", help="scale of Eq. 1: a number, avg, max (Tables 3 and 4), or random for every "
+      "image and class (Sec. 3.2) or random-image for every image (Sec. 4.4)")
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
     a("--num-fakes", type=int, help="per step, if not as many as it has real images (at most 1024)")
     a("--keep-fakes", action="store_true", help="ours, not the paper's: train on the fakes of earlier steps as well")
