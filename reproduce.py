@@ -606,8 +606,10 @@ def report(results):
             for step, scores in done.get("fakes", {}).items():
                 fakes.setdefault(f"{run.dataset} {run.task} {run.setting} {run.flags}".strip() + f", step {step}", []).append(scores)
     if fakes:
-        lines += ["## How good the fakes are", "", MEANING, "", "| HRHF's fakes of" + JUDGED_HEAD]
-        lines += [judged_row(name, scores) for name, scores in fakes.items()] + [""]
+        lines += ["## How good the fakes are", "", MEANING, ""]
+        for title, flagged in (("HRHF's fakes of", False), ("fakes with a flag", True)):
+            if rows := [judged_row(name, scores) for name, scores in fakes.items() if ("--" in name) == flagged]:
+                lines += [f"| {title}" + JUDGED_HEAD, *rows, ""]
         of_voc6 = [scores for name, all_scores in fakes.items() if name.startswith("voc6 ") and "--" not in name
                    for scores in all_scores]
         classes = sorted({name for scores in of_voc6 for name in scores})
