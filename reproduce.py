@@ -135,7 +135,7 @@ ROWS = {
     "ours": {AS_IT_IS: "", "from white noise, plain gradient": "--spectrum 0", "earlier fakes kept": "--keep-fakes",
              "weaker BatchNorm matching": "--bn 3"},
 }
-CLAIMS = [                          # what the paper says (and we, in the last table), as table, better row, worse row
+CLAIMS = [                          # what the paper says (and we: of an r an image, and in the last table), as table, better row, worse row
     ("HRHF beats MiB", "table1", "HRHF", "MiB"), ("HRHF beats LwF", "table1", "HRHF", "LwF"),
     ("HRHF beats fine-tuning", "table1", "HRHF", "FT"),
     ("fakes beat no fakes", "table2", HRHF, BASELINE), ("fakes beat noise", "table2", HRHF, "+ Noise"),
@@ -563,10 +563,11 @@ def report(results):
              "Written by `python reproduce.py`; do not edit. mIoU in percent, background excluded, mean ± standard deviation over n",
              "seeds. \"Step 0\" is the network that the rows of a column start from, on its own classes (PI, EWC, RW and LwF-MC train",
              "their own). A claim of the paper, or of ours, \"holds\" or \"does not hold\" here if the two rows do not overlap on all",
-             "classes, over the seeds that both have; \"by seed\" is the first row's lead in points, and the seed. An epoch is one",
-             "pass over a step's real images; a batch that is half fake makes it twice as many iterations. `voc6` is photographs,",
-             "`shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be compared. `voc6-dev`",
-             "is the training images of `voc6` alone: a fifth of them tests.", "", "Schedules:", ""]
+             "classes, over the seeds that both have; \"by seed\" is the lead in points of the row that the claim names first, and",
+             "the seed. An epoch is one pass over a step's real images; a batch that is half fake makes it twice as many iterations.",
+             "`voc6` is photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be",
+             "compared. `voc6-dev` is the training images of `voc6` alone: a fifth of them tests. A record names the commit that made",
+             "it, and under \"fakes at\" the one that judged its fakes, if that was done later.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "On voc6, learning rates chosen on voc6-dev: " + ", ".join(f"`{flags} {rate}`" for flags, rate in CHOSEN.items())
               + "; LwF's and HRHF's as above. PI, EWC, RW, LwF-MC and ILT were not tuned: they have HRHF's.",

@@ -1221,9 +1221,11 @@ def test_synthesize_asks_for_background_everywhere_and_draws_r_per_image_and_cla
     make_fakes(tmp_path / "max", r="max")
     assert all(torch.isinf(r).all() for _, r in asked)
     asked.clear()
-    make_fakes(tmp_path / "random-image", r="random-image")
+    for seed in range(3):
+        make_fakes(tmp_path / f"random-image-{seed}", r="random-image", seed=seed)
     r = torch.cat([r for _, r in asked])
-    assert r.shape == (10, 4) and (r == r[:, :1]).all() and len(set(r[:, 0].tolist())) > 1
+    assert r.shape == (30, 4) and (r == r[:, :1]).all() and set(r[:, 0].tolist()) == set(seginversion.R_CHOICES)
+    assert all(len(set(batch[:, 0].tolist())) > 1 for _, batch in asked if len(batch) == 4)
     line = json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[3])
     net = tiny((4,)).eval()                                 # what is found is found in the file
     x = seginversion.normalised(torch.from_numpy(np.array(Image.open(tmp_path / "00003.png"))).movedim(-1, 0)[None], "cpu")
@@ -1321,12 +1323,14 @@ def test_keep_fakes_trains_on_the_pools_of_earlier_steps_as_well(finished, tmp_p
     train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
     names = [[f"fakes-step-{t}/{i:05d}.png" for i in range(8)] for t in (1, 2)]
     assert [pool for pool in pools if pool is not None] == [[], names[0], names[1] + names[0]]
-    for gone in ("fakes-step-1", "fakes-step-2"):
-        shutil.rmtree(tmp_path / gone)
+    shutil.rmtree(tmp_path / "fakes-step-2")
     (tmp_path / "step-2.pth").unlink()
     (tmp_path / "step-2.json").unlink()
-    with pytest.raises(InputError, match="fakes-step-1 holds no finished set"):
-        train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
+    for gone in ("00003.png", "manifest.jsonl"):
+        (tmp_path / "fakes-step-1" / gone).rename(tmp_path / gone)
+        with pytest.raises(InputError, match="fakes-step-1 holds no finished set"):
+            train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
+        (tmp_path / gone).rename(tmp_path / "fakes-step-1" / gone)
     assert not (tmp_path / "fakes-step-2").exists()         # said before hours of synthesis
     with pytest.raises(InputError, match="no fakes to keep"):
         train.parse("--keep-fakes --method ft".split())
@@ -1464,16 +1468,19 @@ def test_an_out_that_cannot_be_a_folder_is_named(finished, tmp_path, capsys):
 
 def test_a_step_without_images_is_refused_before_training_but_passed_over_in_a_smoke_run(tmp_path):
     root = make_folder(tmp_path / "data", classes=4)
-    (root / "classes.txt").write_text("background\ncat\ndog\ncow\nunicorn\n")
+    (root / "classes.txt").write_text("background\ncat\ndog\nunicorn\ncow\n")
+    for path in (root / "SegmentationClass").iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.where(mask == 3, 4, mask).astype(np.uint8)).save(path)
     command = f"{COMMON} --data-root {root} --out {tmp_path}/run"
-    with pytest.raises(InputError, match=r"step 3 of task 1-1 \(disjoint\) has no training images"):
+    with pytest.raises(InputError, match=r"step 2 of task 1-1 \(disjoint\) has no training images"):
         train.main(command.split())
     assert not (tmp_path / "run/step-0.pth").exists()
-    train.main(f"{command} --max-iters 1".split())
+    train.main(f"{command} --keep-fakes --max-iters 1".split())             # that step has no fakes to keep
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log if "warning" in line] == [3] and "unicorn" in str(log)
+    assert [line["step"] for line in log if "warning" in line] == [2] and "unicorn" in str(log)
     assert model.load_model(tmp_path / "run/step-3.pth")[0].classes_per_step == [2, 1, 1, 1]
-    assert not (tmp_path / "run/fakes-step-3").exists()
+    assert (tmp_path / "run/fakes-step-3").exists() and not (tmp_path / "run/fakes-step-2").exists()
 
 
 def test_a_weight_that_is_not_finite_after_the_last_iteration_is_not_saved(finished, tmp_path, monkeypatch):
@@ -2403,6 +2410,9 @@ def test_joint_is_trained_once_for_all_tasks_and_settings_of_the_study(finished,
         reproduce.perform(run, place)
         records.append(json.loads((tmp_path / f"results/{run.name}.json").read_text()))
     assert trained == [0, 0]                                # another seed: another network
+    others = [reproduce.Run("shapes", task, setting, "FT", "--method ft", 3)
+              for task in ("1-1", "2-1") for setting in ("disjoint", "overlapped")]
+    assert len({reproduce.shared_step0(run, place) for run in (*others, run)}) == 5
     assert records[0]["iou"] == records[1]["iou"] != records[2]["iou"] and records[0]["old"] != records[1]["old"]
 
 
@@ -2619,8 +2629,8 @@ def test_the_chosen_learning_rates_are_the_best_of_those_tried():
     for method in ("FT", "LwF", "MiB", "HRHF"):
         tried = {float(row.split(", ")[1]): done[0]["all"] for row, done in cells.items() if done and row.startswith(f"{method}, ")}
         chosen = next(run for run in reproduce.study()["table1"] if run.dataset == "voc6" and run.row == method)
-        if tried:                                           # FT keeps nothing at any rate: half a point is nothing
-            assert tried[chosen.args.lr] >= max(tried.values()) - (0.005 if method == "FT" else 0)
+        if tried:                                           # HRHF's is the best; half a point of one seed, the others' tie
+            assert tried[chosen.args.lr] >= max(tried.values()) - (0 if method == "HRHF" else 0.005)
 
 
 def test_the_learning_rates_are_tried_on_training_images_alone(finished, tmp_path):

@@ -233,6 +233,15 @@ def share_step0(args, classes, checkpoint):
     write_atomically(checkpoint, lambda p: shutil.copyfile(args.step0, p))
 
 
+def finished_fakes(folder):
+    """Paths of the images of a folder that synthesize has finished, for --keep-fakes."""
+    manifest = folder / "manifest.jsonl"
+    paths = [folder / json.loads(line)["file"] for line in manifest.read_text().splitlines()] if manifest.exists() else []
+    if not paths or not all(path.exists() for path in paths):
+        raise InputError(f"--keep-fakes: {folder} holds no finished set of fakes; copy it there")
+    return paths
+
+
 def strict_json(value, digits=17):
     """JSON with null for nan and inf, which JSON does not have, and floats of so many digits."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None,
@@ -399,9 +408,9 @@ def main(argv=None):
                 teacher, about = load_model(run / f"step-{step - 1}.pth", device)
                 teacher.requires_grad_(False)
                 if number_of_fakes:
-                    earlier = [run / f"fakes-step-{t}" for t in range(1, step)] if args.keep_fakes else []
-                    if gone := [folder for folder in earlier if not (folder / "manifest.jsonl").exists()]:
-                        raise InputError(f"--keep-fakes: {gone[0]} holds no finished set of fakes; copy it there")
+                    earlier = []                            # labelled by the latest teacher, as its own
+                    for t in range(1, step) if args.keep_fakes else ():
+                        earlier += finished_fakes(run / f"fakes-step-{t}") if indices[t] else []
                     began = time.monotonic()
                     try:
                         fakes = synthesize(
@@ -416,8 +425,7 @@ def main(argv=None):
                     if rank == 0:
                         save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
                     seconds["seginversion"] = time.monotonic() - began
-                    for folder in earlier:                  # labelled by the latest teacher, as its own
-                        fakes += sorted(folder.glob("*.png"))
+                    fakes += earlier
                 student, _ = load_model(run / f"step-{step - 1}.pth")
                 student.add_classes(len(steps[step]), args.init)
             student.to(device)
