@@ -729,6 +729,7 @@ def main(argv=None):
             print(f"reproduce.py: all {len(kinds)} kinds of runs that shapes has work")
         return
     commit()                                                # of the code that is loaded now: it is kept for all records
+    diverged = []
     if not args.tables:
         if {run.dataset for run in runs} | {*weights} | {"voc6" for _ in pictures} != {"shapes"}:
             check_voc6(args)
@@ -736,13 +737,18 @@ def main(argv=None):
         for dataset in weights:
             for flags in WEIGHTS[dataset]:
                 try_weights(dataset, flags, place)
-        for run in runs:
-            perform(run, place)
+        for run in runs:                                    # one that diverges does not keep the others from running
+            try:
+                perform(run, place)
+            except FloatingPointError as error:
+                diverged.append(f"{run.name}: {error}")
         for draw in pictures:
             draw(place)
     if points := curves(results):
         write_atomically(results.parent / "curves.svg", lambda p: p.write_text(draw_curves(points)))
     write_atomically(HERE / "results" / "README.md", lambda p: p.write_text(report(results)))
+    if diverged:
+        raise FloatingPointError(f"all runs are done but {len(diverged)}; the first is {diverged[0]}")
 
 
 if __name__ == "__main__":

@@ -2600,6 +2600,16 @@ def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_
         with pytest.raises(InputError, match="nothing to run|runs on shapes alone"):
             left(flags)
 
+    def diverge(run, place):
+        done.append(run.row)
+        if run.row == "PI":
+            raise FloatingPointError("try a lower rate")
+    monkeypatch.setattr(reproduce, "perform", diverge)
+    done.clear()
+    with pytest.raises(FloatingPointError, match="all runs are done but 3; the first is shapes-15-1-disjoint-pi-lr-0.001-1: try a lower"):
+        reproduce.main(["--only", "table1", "--dataset", "shapes", "--seed", "1", "--runs", str(tmp_path)])
+    assert sorted(done) == sorted(3 * [*reproduce.MAIN, *reproduce.OTHERS])
+
 
 def test_the_curves_are_drawn_where_the_results_are(tmp_path):
     runs = {run.row: run for run in reproduce.study()["curves"]}
