@@ -235,8 +235,11 @@ def share_step0(args, classes, checkpoint):
 
 def finished_fakes(folder):
     """Paths of the images of a folder that synthesize has finished, for --keep-fakes."""
-    manifest = folder / "manifest.jsonl"
-    paths = [folder / json.loads(line)["file"] for line in manifest.read_text().splitlines()] if manifest.exists() else []
+    try:
+        lines = (folder / "manifest.jsonl").read_text().splitlines()
+        paths = [folder / json.loads(line)["file"] for line in lines]
+    except (OSError, ValueError, LookupError, TypeError):   # not there, or damaged
+        paths = []
     if not paths or not all(path.exists() for path in paths):
         raise InputError(f"--keep-fakes: {folder} holds no finished set of fakes; copy it there")
     return paths
