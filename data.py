@@ -466,6 +466,18 @@ class View(torch.utils.data.Dataset):
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
 
 
+def read_fakes(folder):
+    """The path of every image of a finished set of fakes, and the old classes that it was asked to show."""
+    try:
+        fakes = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        asked = [(folder / fake["file"], fake["classes"][1:]) for fake in fakes]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        asked = []
+    if not asked or not all(path.exists() for path, _ in asked):
+        raise InputError(f"{folder} holds no finished set of fakes (manifest.jsonl or an image is missing or damaged)")
+    return asked
+
+
 def shuffled_passes(n, generator):
     """0 .. n-1 in random order, for ever: every index comes equally often."""
     while True:

@@ -11,7 +11,6 @@ Scores of class-incremental segmentation, and predictions for any picture.
 three conventions for the background, so all three are printed; the first is MiB's and the headline.
 """
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -271,15 +270,8 @@ def judge_fakes(folder, teacher, dataset, judge=None):
              neither finds it)
     """
     names, sums = teacher[1], {}
-    try:
-        fakes = map(json.loads, (folder / "manifest.jsonl").read_text().splitlines())
-        asked = [(fake["file"], fake["classes"][1:]) for fake in fakes]
-    except (ValueError, LookupError, TypeError):
-        asked = []
-    if not asked:
-        raise InputError(f"{folder / 'manifest.jsonl'}: damaged or empty; these fakes cannot be judged")
-    for file, classes in asked:
-        x = data.read_image(folder / file)
+    for path, classes in data.read_fakes(folder):
+        x = data.read_image(path)
         for transform in (v2.ToImage(), *data.normalise()):
             x = transform(x)
         x = x.as_subclass(torch.Tensor)[None].to(next(teacher[0].parameters()).device)

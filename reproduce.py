@@ -136,7 +136,7 @@ ROWS = {
     "ours": {AS_IT_IS: "", "from white noise, plain gradient": "--spectrum 0", "earlier fakes kept": "--keep-fakes",
              "weaker BatchNorm matching": "--bn 3"},
 }
-CLAIMS = [                          # what the paper says (and we: of an r an image, and in the last table), as table, better row, worse row
+CLAIMS = [                          # what the paper says, and of what is ours we, as table, better row, worse row
     ("HRHF beats MiB", "table1", "HRHF", "MiB"), ("HRHF beats LwF", "table1", "HRHF", "LwF"),
     ("HRHF beats fine-tuning", "table1", "HRHF", "FT"),
     ("fakes beat no fakes", "table2", HRHF, BASELINE), ("fakes beat noise", "table2", HRHF, "+ Noise"),
@@ -570,8 +570,8 @@ def report(results):
              "the seed. An epoch is one pass over a step's real images; a batch that is half fake makes it twice as many iterations.",
              "`voc6` is photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be",
              "compared. `voc6-dev` is the training images of `voc6` alone: a fifth of them tests. \"not run\" has no record",
-             "yet, perhaps because it diverged. Fourteen records of a fixed r hold the judging of their fakes from a later commit,",
-             "\"fakes at\", added by hand.", "", "Schedules:", ""]
+             "yet, perhaps because it diverged. A record whose fakes were judged later, by hand, has that commit",
+             "under \"fakes at\".", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "Learning rates other than those above:", ""]
     lines += [f"- {name}: " + ", ".join(f"`{flags} {rate}`" for flags, rate in rates.items()) for name, rates in CHOSEN.items()]

@@ -1331,11 +1331,6 @@ def test_keep_fakes_trains_on_the_pools_of_earlier_steps_as_well(finished, tmp_p
         with pytest.raises(InputError, match="fakes-step-1 holds no finished set"):
             train.main(f"{COMMON} --data-root {finished}/data --fake noise --keep-fakes --max-iters 1 --out {tmp_path}".split())
         (tmp_path / gone).rename(tmp_path / "fakes-step-1" / gone)
-    whole = (tmp_path / "fakes-step-1/manifest.jsonl").read_text()
-    for damaged in (whole[:-10], whole + "{}", whole + "[]", ""):
-        (tmp_path / "fakes-step-1/manifest.jsonl").write_text(damaged)
-        with pytest.raises(InputError, match="fakes-step-1 holds no finished set"):
-            train.finished_fakes(tmp_path / "fakes-step-1")
     assert not (tmp_path / "fakes-step-2").exists()         # said before hours of synthesis
     with pytest.raises(InputError, match="no fakes to keep"):
         train.parse("--keep-fakes --method ft".split())
@@ -2262,10 +2257,10 @@ def test_fakes_are_judged_class_by_class_as_in_a_naive_count(tmp_path, capsys):
     assert f"| {names[2]} | 1 | 100.0 | 70.0 | 25.0 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", '{"file": ', '{"file": "00000.png"}'])
+@pytest.mark.parametrize("text", ["", '{"file": ', '{"file": "00000.png"}', "[]"])
 def test_a_damaged_list_of_fakes_is_named(tmp_path, text):
     (tmp_path / "manifest.jsonl").write_text(text)
-    with pytest.raises(InputError, match="manifest.jsonl: damaged"):
+    with pytest.raises(InputError, match="holds no finished set"):
         evaluation.judge_fakes(tmp_path, (None, ["background"]), None)
 
 

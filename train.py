@@ -233,18 +233,6 @@ def share_step0(args, classes, checkpoint):
     write_atomically(checkpoint, lambda p: shutil.copyfile(args.step0, p))
 
 
-def finished_fakes(folder):
-    """Paths of the images of a folder that synthesize has finished, for --keep-fakes."""
-    try:
-        lines = (folder / "manifest.jsonl").read_text().splitlines()
-        paths = [folder / json.loads(line)["file"] for line in lines]
-    except (OSError, ValueError, LookupError, TypeError):   # not there, or damaged
-        paths = []
-    if not paths or not all(path.exists() for path in paths):
-        raise InputError(f"--keep-fakes: {folder} holds no finished set of fakes; copy it there")
-    return paths
-
-
 def strict_json(value, digits=17):
     """JSON with null for nan and inf, which JSON does not have, and floats of so many digits."""
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None,
@@ -413,7 +401,7 @@ def main(argv=None):
                 if number_of_fakes:
                     earlier = []                            # labelled by the latest teacher, as its own
                     for t in range(1, step) if args.keep_fakes else ():
-                        earlier += finished_fakes(run / f"fakes-step-{t}") if indices[t] else []
+                        earlier += [path for path, _ in data.read_fakes(run / f"fakes-step-{t}")] if indices[t] else []
                     began = time.monotonic()
                     try:
                         fakes = synthesize(
