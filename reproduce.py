@@ -62,7 +62,8 @@ VOC6_CLASSES = "background cat cow dog horse person sheep".split()
 # whose fakes are judged: those that have fakes of their own
 JUDGED_FLAGS = ("", "--spectrum 0", "--bn 3", *(f"--r {r}" for r in "avg 0.5 1 5 10 20 max random-image".split()))
 FIGURE3 = "--classes cat cow dog horse --r 0.5,5,10 --images 64"
-PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()      # what the fakes of a step 0 hang upon
+# what the fakes of a step 0 hang upon
+PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()
 LATER = ("lr", "epochs", "lam", "num_fakes")                # does not matter to a step 0 and 16 fakes of it
 
 
@@ -76,7 +77,8 @@ class Run(NamedTuple):
 
     @property
     def name(self):                 # of its flags, not of its row: rows of several tables may be one and the same run
-        return f"{self.dataset}-{self.task}-{self.setting}-{plain(self.flags.removeprefix('--method ')) or 'hrhf'}-{self.seed}"
+        flags = plain(self.flags.removeprefix("--method ")) or "hrhf"
+        return f"{self.dataset}-{self.task}-{self.setting}-{flags}-{self.seed}"
 
     @property
     def command(self):
@@ -87,7 +89,7 @@ class Run(NamedTuple):
         return train.parse(self.command.replace(ORACLE, "--fake seginversion").split())
 
     @property
-    def settings(self):             # what matters to it: train.py's, defaults written out, but for those that it does not use
+    def settings(self):             # what matters to it: train.py's, defaults written out, without those it does not use
         method, real = METHODS[self.args.method], ORACLE in self.flags
         unused = {"out", "data_root", "step0", "pretrained", "workers", "compile", "amp"}
         if method.offline:
@@ -154,7 +156,8 @@ CURVES = {                          # distillation weights; None is the method's
     **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}" for lam in (0, 0.3, None, 3, 10)},
 }
 RATES = ("0.001", "0.003", "0.01", "0.03")                  # tried on voc6-dev
-PENALTIES = {f"--method {name}": "--lr 0.001" for name in ("pi", "ewc", "rw")}      # the paper's; PI diverges on shapes at 0.003
+# the paper's; PI diverges on shapes at 0.003
+PENALTIES = {f"--method {name}": "--lr 0.001" for name in ("pi", "ewc", "rw")}
 CHOSEN = {"voc6": {"--method ft": "--lr 0.03", "--method lwf": "--lr 0.001", "--method mib": "--lr 0.01", **PENALTIES},
           "shapes": PENALTIES}                              # HRHF's and the others' are in SETTINGS
 WEIGHTS = {                         # tried for SegInversion: around SETTINGS, published ones, other sizes and batches
@@ -231,8 +234,11 @@ def hold_out(voc6, folder):
 
 
 def flags_of(run, place, step0, weights):
-    """train.py's flags for a run in its folder, from a given step 0 or, if it is None, from these weights of the backbone."""
-    root = hold_out(place.roots["voc6"], place.runs / "voc6-dev") if run.dataset == "voc6-dev" else place.roots[run.dataset]
+    """train.py's flags for a run in its folder: from a given step 0 or, if it is None, from these weights of the backbone."""
+    if run.dataset == "voc6-dev":
+        root = hold_out(place.roots["voc6"], place.runs / "voc6-dev")
+    else:
+        root = place.roots[run.dataset]
     flags = [*run.command.replace(ORACLE, "").split(), "--data-root", str(root), "--out", str(place.runs / run.name),
              *place.extra]
     if run.dataset != "shapes":
@@ -271,7 +277,8 @@ def judge(dataset, place):
 
 def shared_step0(run, place):
     schedule = plain(f"{run.args.epochs0} {run.args.lr0} {run.args.batch_size} {run.args.crop}")
-    of = "joint" if METHODS[run.args.method].offline else f"{run.task}-{run.setting}"   # Joint's only step is every task's
+    # Joint's only step is every task's
+    of = "joint" if METHODS[run.args.method].offline else f"{run.task}-{run.setting}"
     return place.runs / f"step0-{run.dataset}-{of}-{run.seed}-{schedule}.pth"
 
 
@@ -297,7 +304,8 @@ def begun(run, place):
     """train.py's settings in the folder of a run that can go on there, else None."""
     folder = place.runs / run.name
     trained = any(folder.glob("*.pth")) and (folder / "settings.json").exists()
-    if trained and ((folder / "step-0.pth").exists() or not (folder / "results.json").exists()):        # perform removes it first
+    # perform removes the step 0 of a finished run first
+    if trained and ((folder / "step-0.pth").exists() or not (folder / "results.json").exists()):
         there = data.read_json(folder / "settings.json", {"dataset": str})
         here = vars(train.parse([*run.command.replace(ORACLE, "").split(), *place.extra]))
         may_differ = "out data_root workers compile step0 pretrained".split()
@@ -310,9 +318,10 @@ def perform(run, place, network=False):
 
     Its checkpoints and fakes are removed then, but for what other runs build upon.
     """
-    result, folder, args, shared = place.results / f"{run.name}.json", place.runs / run.name, run.args, shared_step0(run, place)
-    method, weights = METHODS[args.method], place.roots.get("weights")
-    shares = not (method.importance or args.method == "lwf-mc")                           # those have a step 0 of their own
+    result, folder, shared = place.results / f"{run.name}.json", place.runs / run.name, shared_step0(run, place)
+    args, weights = run.args, place.roots.get("weights")
+    method = METHODS[args.method]
+    shares = not (method.importance or args.method == "lwf-mc")                     # those have a step 0 of their own
     with alone(folder):
         finished = (folder / "results.json").exists() and any(folder.glob("step-*.pth"))
         if recorded(result, run.settings) and (finished or not network):
@@ -341,8 +350,8 @@ def perform(run, place, network=False):
                 copy_folder(folder / "fakes-step-1", first_fakes)
         final, first = (steps["background excluded"] for steps in (scores["final"], scores["steps"][0]))
         record = {"command": f"train.py {run.command}", "settings": run.settings, "commit": commit(),
-                  "versions": scores["versions"], "old": final["old"], "new": final["new"], "all": final["all"], "step 0": first["all"],
-                  "iou": scores["steps"][-1]["iou"], "seconds": seconds}
+                  "versions": scores["versions"], "old": final["old"], "new": final["new"], "all": final["all"],
+                  "step 0": first["all"], "iou": scores["steps"][-1]["iou"], "seconds": seconds}
         if fakes and run.flags in JUDGED_FLAGS and not place.extra and run.dataset in TASK:
             record["fakes"] = {t: judged(folder / f"fakes-step-{t}", folder / f"step-{t - 1}.pth", run.dataset, place)
                                for t in range(1, len(scores["steps"]))}
@@ -428,11 +437,13 @@ def draw_curves(points):
                   f'<text x="{x(v):.1f}" y="{y(0) + 16:.1f}" text-anchor="middle">{v}</text>',
                   f'<text x="{x(0) - 6:.1f}" y="{y(v) + 4:.1f}" text-anchor="end">{v}</text>']
     lines += [f'<text x="{x(top / 2):.1f}" y="{y(0) + 34:.1f}" text-anchor="middle">mIoU of old classes (%)</text>',
-              f'<text transform="translate({x(0) - 32:.1f} {y(top / 2):.1f}) rotate(-90)" text-anchor="middle">mIoU of new classes (%)</text>']
+              f'<text transform="translate({x(0) - 32:.1f} {y(top / 2):.1f}) rotate(-90)" text-anchor="middle">'
+              'mIoU of new classes (%)</text>']
     for i, ((method, places), colour) in enumerate(zip(points.items(), ("#1f77b4", "#d62728"))):
         path = "L".join(f"{x(old):.1f} {y(new):.1f}" for _, old, new, _ in places)
         lines += [f'<path d="M{path}" stroke="{colour}" fill="none" stroke-width="2"/>',
-                  f'<text x="{x(top) - 6:.1f}" y="{y(top) + 16 + 16 * i:.1f}" fill="{colour}" text-anchor="end">{method}</text>']
+                  f'<text x="{x(top) - 6:.1f}" y="{y(top) + 16 + 16 * i:.1f}" fill="{colour}" text-anchor="end">'
+                  f'{method}</text>']
         for name, old, new, own in places:
             lines += [f'<circle cx="{x(old):.1f}" cy="{y(new):.1f}" r="{7 if own else 4}" fill="{colour}"/>',
                       f'<text x="{x(old) + 8:.1f}" y="{y(new) - 6:.1f}" fill="{colour}">{name}</text>']
@@ -452,7 +463,8 @@ def curves(results):
 def beaten_points(points, method, other):
     """How many weights of another method are worse than one of this method in old and new at once."""
     worse = [any(old > o and new > n for _, old, new, _ in points[method]) for _, o, n, _ in points[other]]
-    return (f"{sum(worse)} of {other}'s {len(worse)} weights: one of {method}'s {len(points[method])} is better in old and new at once")
+    return (f"{sum(worse)} of {other}'s {len(worse)} weights: one of {method}'s {len(points[method])} is better "
+            "in old and new at once")
 
 
 def figure3_settings():
@@ -467,8 +479,8 @@ def figure3(place):
     args, path = inversion("voc6", "").args, place.results / "figure3.json"
     if recorded(path, figure3_settings(), LATER):
         return
-    weights = [f"--{flag}={getattr(args, name)}" for flag, name in (("steps", "fake_steps"), ("lr", "fake_lr"), ("tv", "tv"), ("bn", "bn"),
-                                                                       ("spectrum", "spectrum"))]
+    weights = [f"--{flag}={value}" for flag, value in (("steps", args.fake_steps), ("lr", args.fake_lr), ("tv", args.tv),
+                                                       ("bn", args.bn), ("spectrum", args.spectrum))]
     shares = seginversion.main([*FIGURE3.split(), *weights, "--checkpoint", str(step0("voc6", place)),
                                 "--out", str(place.results.parent / "figure3.png")])
     write_atomically(path, lambda p: p.write_text(json.dumps(
@@ -526,7 +538,7 @@ def verdict(better, worse):
 
 
 def claims(table, cells):
-    """Lines on what a table's cells, {row: its results}, say of the paper's claims; on all classes, over the seeds of both rows."""
+    """Lines on what a table's cells, {row: its results}, say of the paper's claims: all classes, the seeds of both rows."""
     lines, scores = [], {row: {d["seed"]: d["all"] for d in done} for row, done in cells.items()}
     for text, where, better, worse in CLAIMS:
         a, b = (scores.get(row, {}) for row in (better, worse))
@@ -534,6 +546,9 @@ def claims(table, cells):
             gains = ", ".join(f"{100 * (a[seed] - b[seed]):+.1f} ({seed})" for seed in both)
             a, b = ([of[seed] for seed in both] for of in (a, b))
             lines.append(f"- {text}: **{verdict(a, b)}** ({spread(a)} against {spread(b)}; by seed: {gains})")
+    h, joint = (scores.get(row, {}) for row in ("HRHF", "Joint"))
+    if shares := [h[seed] / joint[seed] for seed in sorted(h.keys() & joint.keys()) if joint[seed]]:
+        lines.append(f"- HRHF / Joint: {spread(shares)} %")
     h, b, r = (scores.get(row, {}) for row in (HRHF, BASELINE, REAL))
     if shares := [(h[seed] - b[seed]) / (r[seed] - b[seed])
                   for seed in sorted(h.keys() & b.keys() & r.keys()) if r[seed] != b[seed]]:
@@ -604,15 +619,16 @@ def report(results):
                 lines.append(f"| {row} | {' | '.join(numbers)} | {len(done)} |")
             lines += ["", *claims(table, cells)]
     if points := curves(results):
-        lines += ["![old against new mIoU](curves.svg)", "", "The large points are the methods' own weights. MiB's distillation is a mean over the "
-                  "old classes, HRHF's a sum.", ""]
+        lines += ["![old against new mIoU](curves.svg)", "",
+                  "The large points are the methods' own weights. MiB's distillation is a mean over the old classes, HRHF's a sum.", ""]
         lines += [f"- {beaten_points(points, 'HRHF', 'MiB')}", f"- {beaten_points(points, 'MiB', 'HRHF')}", ""]
     fakes = {}
     for run in dict.fromkeys(run._replace(row="HRHF") for flags in JUDGED_FLAGS
                              for runs in study().values() for run in runs if run.flags == flags):
         for done in cells_of([run], results)["HRHF"]:
             for step, scores in done.get("fakes", {}).items():
-                fakes.setdefault(f"{run.dataset} {run.task} {run.setting} {run.flags}".strip() + f", step {step}", []).append(scores)
+                name = f"{run.dataset} {run.task} {run.setting} {run.flags}".strip() + f", step {step}"
+                fakes.setdefault(name, []).append(scores)
     if fakes:
         lines += ["## How good the fakes are", "", MEANING, ""]
         for title, flagged in (("HRHF's fakes of", False), ("fakes with a flag", True)):
@@ -621,11 +637,13 @@ def report(results):
         of_voc6 = [scores for name, all_scores in fakes.items() if name.startswith("voc6 ") and "--" not in name
                    for scores in all_scores]
         classes = sorted({name for scores in of_voc6 for name in scores})
-        lines += ["Of every class, over all tasks, steps and seeds of voc6 above without a flag (n sets of fakes):", "", "| voc6 fakes of" + JUDGED_HEAD]
+        lines += ["Of every class, over all tasks, steps and seeds of voc6 above without a flag (n sets of fakes):", "",
+                  "| voc6 fakes of" + JUDGED_HEAD]
         lines += [judged_row(c, [{c: scores[c]} for scores in of_voc6 if c in scores]) for c in classes] + [""]
     figure4_drawn = recorded(results / "figure4.json", figure4_settings())
     if figure4_drawn:
-        lines += ["The first fakes of voc6 4-1, seed 1, the inverted network's own segmentation under each:", "", "![fakes](fakes.png)", ""]
+        lines += ["The first fakes of voc6 4-1, seed 1, the inverted network's own segmentation under each:", "",
+                  "![fakes](fakes.png)", ""]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     if record := recorded(results / "figure3.json", figure3_settings(), LATER):
         shares = record["share"]
@@ -633,7 +651,8 @@ def report(results):
         lines += [f"`seginversion.py {FIGURE3}`: share of the pixels that the inverted network gives to the class asked for, in the",
                   "images that ask for it.", "",
                   "| r | " + " | ".join(shares) + " |", "|---|" + "---|" * len(shares)]
-        lines += [f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |" for name in classes]
+        for name in classes:
+            lines.append(f"| {name} | " + " | ".join(f"{100 * share[name]:.1f} %" for share in shares.values()) + " |")
         means = [100 * statistics.mean(share[name] for name in classes) for share in shares.values()]
         lines += ["| all | " + " | ".join(f"{mean:.1f} %" for mean in means) + " |"]
         lines += ["", "![Figure 3](figure3.png)", ""]
@@ -700,7 +719,8 @@ def parse(argv=None):
     parser.add_argument("--voc6", default="data/voc6", help="where voc6 is")
     parser.add_argument("--weights", default="imagenet", help="of MobileNetV2, if there is no download: torchvision's file")
     parser.add_argument("--runs", default="runs/study", help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="two iterations of every kind of run that shapes has; results are thrown away")
+    parser.add_argument("--quick", action="store_true",
+                        help="two iterations of every kind of run that shapes has; results are thrown away")
     parser.add_argument("--tables", action="store_true", help="run nothing, write results/README.md")
     parser.add_argument("--make-voc6", metavar="DATA_ROOT", help="make --voc6 out of the VOC 2012 there")
     return parser.parse_args(argv)
