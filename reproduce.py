@@ -593,7 +593,7 @@ def report(results):
              "`voc6` is photographs, `shapes` is drawn; neither is the paper's VOC 2012 with its network, so only the pattern can be",
              "compared. `voc6-dev` is the training images of `voc6` alone: a fifth of them tests. \"not run\" has no record",
              "yet, perhaps because it diverged. A record whose fakes were judged later, by hand, has that commit",
-             "under \"fakes at\".", "", "Schedules:", ""]
+             "under \"fakes at\"; \"seconds\" and \"commit\" are of a run's last launch.", "", "Schedules:", ""]
     lines += [f"- {name}: `{flags}`" for name, flags in SETTINGS.items()]
     lines += ["", "Learning rates other than those above:", ""]
     lines += [f"- {name}: " + ", ".join(f"`{flags} {rate}`" for flags, rate in rates.items()) for name, rates in CHOSEN.items()]
