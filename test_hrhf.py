@@ -2570,14 +2570,14 @@ def test_judged_fakes_become_means_over_classes_and_seeds():
         "| x |" + " 40.0 ± 14.1 |" * 6 + " 2 |"
 
 
-def test_fakes_of_other_weights_have_their_own_rows_and_are_not_in_the_means_of_a_class(tmp_path):
-    for flags, v in (("", 0.5), ("--bn 3", 0.75), ("--keep-fakes", 0.25)):
-        run = reproduce.Run("voc6", "4-1", "disjoint", "x", flags, 1)
+def test_fakes_of_other_weights_or_tasks_have_their_own_rows_and_are_not_in_the_means_of_a_class(tmp_path):
+    for task, flags, v in (("4-1", "", 0.5), ("4-2", "", 0.125), ("4-1", "--bn 3", 0.75), ("4-1", "--keep-fakes", 0.25)):
+        run = reproduce.Run("voc6", task, "disjoint", "x", flags, 1)
         record = {"settings": run.settings, "old": v, "new": v, "all": v, "step 0": v, "fakes": {"1": {"cat": dict.fromkeys(reproduce.JUDGED, v)}}}
         (tmp_path / f"{run.name}.json").write_text(json.dumps(record))
     rows = [line for line in reproduce.report(tmp_path).split("## How good")[1].split("##")[0].splitlines() if line.endswith("| 1 |")]
-    assert rows == ["| voc6 4-1 disjoint, step 1 |" + " 50.0 |" * 6 + " 1 |", "| voc6 4-1 disjoint --bn 3, step 1 |" + " 75.0 |" * 6 + " 1 |",
-                    "| cat |" + " 50.0 |" * 6 + " 1 |"]
+    assert rows == ["| voc6 4-1 disjoint, step 1 |" + " 50.0 |" * 6 + " 1 |", "| voc6 4-2 disjoint, step 1 |" + " 12.5 |" * 6 + " 1 |",
+                    "| voc6 4-1 disjoint --bn 3, step 1 |" + " 75.0 |" * 6 + " 1 |", "| cat |" + " 50.0 |" * 6 + " 1 |"]
 
 
 def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_path, monkeypatch):
