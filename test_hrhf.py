@@ -2674,15 +2674,16 @@ def test_a_claim_holds_if_the_seeds_do_not_overlap():
     assert reproduce.verdict([0.3], [0.1, 0.2]) == "undecided (fewer than two seeds)"
     rows = {reproduce.HRHF: {1: 0.3, 2: 0.4}, reproduce.BASELINE: {1: 0.1, 2: 0.2}, "+ Noise": {},
             reproduce.REAL: {3: 0.9, 2: 0.4, 1: 0.5}}      # recovery is a seed's, and of the seeds that all three have
-    lines = reproduce.claims("table2", {row: [{"all": v, "seed": seed} for seed, v in scores.items()] for row, scores in rows.items()})
+    lines = reproduce.claims("table2", {row: [{"all": v, "seed": seed, "step 0": 0.5} for seed, v in scores.items()] for row, scores in rows.items()})
     assert lines == ["- fakes beat no fakes: **holds** (35.0 ± 7.1 against 15.0 ± 7.1; by seed: +20.0 (1), +20.0 (2))",
                      "- replay recovery, (HRHF - Baseline) / (real - Baseline): 75.0 ± 35.4 %", ""]
-    cells = {row: [{"all": v, "seed": seed} for seed, v in scores.items()] for row, scores in (
+    cells = {row: [{"all": v, "seed": seed, "step 0": 0.5} for seed, v in scores.items()] for row, scores in (
         (reproduce.AS_IT_IS, {1: 0.3, 2: 0.4}), ("weaker BatchNorm matching", {}), ("earlier fakes kept", {2: 0.45, 1: 0.325, 3: 0.9}))}
+    cells["earlier fakes kept"][0]["step 0"] = 0.4
     assert reproduce.claims("ours", cells) == [
-        "- keeping earlier fakes helps: **undecided** (38.8 ± 8.8 against 35.0 ± 7.1; by seed: +2.5 (1), +5.0 (2))", ""]
-    cells = {"HRHF": [{"all": v, "seed": seed} for seed, v in ((1, 0.3), (2, 0.4), (3, 0.9), (5, 0.1))],
-             "Joint": [{"all": v, "seed": seed} for seed, v in ((2, 0.5), (1, 0.4), (4, 0.6), (5, 0.0))]}
+        "- keeping earlier fakes helps: **undecided** (38.8 ± 8.8 against 35.0 ± 7.1; by seed: +2.5 (1), +5.0 (2, other step 0))", ""]
+    cells = {"HRHF": [{"all": v, "seed": seed, "step 0": 0.5} for seed, v in ((1, 0.3), (2, 0.4), (3, 0.9), (5, 0.1))],
+             "Joint": [{"all": v, "seed": seed, "step 0": 0.5} for seed, v in ((2, 0.5), (1, 0.4), (4, 0.6), (5, 0.0))]}
     assert reproduce.claims("table1", cells) == ["- HRHF / Joint: 77.5 ± 3.5 %", ""]         # seeds of both, no zero
     for _, table, better, worse in reproduce.CLAIMS:
         assert {better, worse} <= set(reproduce.ROWS.get(table, reproduce.MAIN))
