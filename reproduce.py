@@ -61,7 +61,7 @@ ORACLE = "--fake real"                                      # not in train.py: o
 VOC6_CLASSES = "background cat cow dog horse person sheep".split()
 # whose fakes are judged: those that have fakes of their own
 JUDGED_FLAGS = ("", "--spectrum 0", "--spectrum 0 --tv 3", "--spectrum 1", "--bn 3",
-                *(f"--r {r}" for r in "avg 0.5 1 5 10 20 max random-image".split()))
+                "--spectrum 1 --bn 3", *(f"--r {r}" for r in "avg 0.5 1 5 10 20 max random-image".split()))
 FIGURE3 = "--classes cat cow dog horse --r 0.5,5,10 --images 64"
 # what the fakes of a step 0 hang upon
 PLAN = "num_fakes fake_batch fake_classes fake_steps fake_lr r tv bn spectrum".split()
@@ -131,6 +131,8 @@ AS_IT_IS = "HRHF as it is here"
 # Our records of both are of another machine, whose rounding trained another step 0; on one machine AGAIN is AS_IT_IS.
 SECOND = "from the second step 0"
 AGAIN, WHITE = f"HRHF, {SECOND}", f"white noise, plain gradient, {SECOND}"
+WEAKER = "weaker BatchNorm matching"
+WEAKER_AGAIN = f"{WEAKER}, {SECOND}"
 WHITE_OWN = f"the same with --tv 3, {SECOND}"               # the best of its trials in WEIGHTS, by judge IoU
 HRHF, BASELINE, REAL = "+ SegInversion (HRHF)", "Baseline (no fakes)", "real old images (outside the protocol)"
 ROWS = {
@@ -140,12 +142,12 @@ ROWS = {
                "random, one r an image": "--r random-image"},
     "table5": {"without KD": "--lam 0", "with KD": ""},
     "table6": {"1:1": "", "1:2": "--real-fake 1:2", "2:1": "--real-fake 2:1"},
-    "ours": {AS_IT_IS: "", "earlier fakes kept": "--keep-fakes", "weaker BatchNorm matching": "--bn 3",
-             AGAIN: "--spectrum 1", WHITE: "--spectrum 0", WHITE_OWN: "--spectrum 0 --tv 3"},
+    "ours": {AS_IT_IS: "", "earlier fakes kept": "--keep-fakes", AGAIN: "--spectrum 1",
+             WHITE: "--spectrum 0", WHITE_OWN: "--spectrum 0 --tv 3", WEAKER_AGAIN: "--spectrum 1 --bn 3"},
 }
 FASTER = "--lr 0.01 --lam 3"
 TRIED = {                           # on voc6-dev: towards Joint, and what of it is the fakes' fault
-    AS_IT_IS: "--lr 0.003", "weaker BatchNorm matching": "--bn 3", "three times the epochs": "--epochs 24",
+    AS_IT_IS: "--lr 0.003", WEAKER: "--bn 3", "three times the epochs": "--epochs 24",
     "1:3, real : fake": "--real-fake 1:3", "one r an image": "--r random-image",
     "rate 0.01, distillation x 3": FASTER, "these, three times the epochs": f"{FASTER} --epochs 24",
     "these, 256 fakes": f"{FASTER} --num-fakes 256", f"these, 64 {REAL}": f"{ORACLE} {FASTER}",
@@ -166,7 +168,8 @@ CLAIMS = [                          # what the paper says, and of what is ours w
     ("1/f noise and gradients beat white ones, at the weights chosen with them", "ours", AGAIN, WHITE),
     ("1/f noise and gradients beat white ones with --tv 3, their own best of those tried", "ours", AGAIN, WHITE_OWN),
     ("keeping earlier fakes helps", "ours", "earlier fakes kept", AS_IT_IS),
-    ("weaker BatchNorm matching helps", "ours", "weaker BatchNorm matching", AS_IT_IS),
+    ("weaker BatchNorm matching helps", "ours", WEAKER, AS_IT_IS),
+    ("weaker BatchNorm matching helps", "ours", WEAKER_AGAIN, AGAIN),
 ]
 CURVES = {                          # distillation weights; None is the method's own
     **{f"MiB, {lam or 10}": "--method mib" + (f" --lam {lam}" if lam else "") for lam in (1, 3, None, 30, 100)},
@@ -212,7 +215,8 @@ def study():
         "table2": runs(ROWS["table2"], "voc6", "4-1") + runs(ROWS["table2"], "voc6", "3-1")
         + runs(ROWS["table2"], "shapes", "15-1"),
         **{table: runs(ROWS[table], "shapes", "15-5") for table in ("table3", "table4", "table5", "table6")},
-        "ours": runs(ROWS["ours"], "voc6", "4-1") + runs(ROWS["ours"], "voc6", "3-1"),
+        "ours": runs(ROWS["ours"], "voc6", "4-1") + runs({WEAKER: "--bn 3"}, "voc6", "4-1", SEEDS[:2])
+        + runs(ROWS["ours"], "voc6", "3-1"),
         "curves": runs(CURVES, "voc6", "4-1", first),
     }
     tables["table5"] += runs(ROWS["table5"], "voc6", "3-1")
