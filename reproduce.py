@@ -128,7 +128,8 @@ def plain(flags):
 MAIN = {"FT": "--method ft", "LwF": "--method lwf", "MiB": "--method mib", "HRHF": "", "Joint": "--method joint"}
 OTHERS = {"PI": "--method pi", "EWC": "--method ewc", "RW": "--method rw", "LwF-MC": "--method lwf-mc", "ILT": "--method ilt"}
 AS_IT_IS = "HRHF as it is here"
-# Our records of these are of another machine, whose rounding trained another step 0; on one machine AGAIN is AS_IT_IS.
+# Our records of these are of another machine, whose rounding trained another step 0; on one machine
+# AGAIN is AS_IT_IS, and WEAKER_AGAIN is WEAKER, of which there are the first machine's two seeds.
 SECOND = "from the second step 0"
 AGAIN, WHITE = f"HRHF, {SECOND}", f"white noise, plain gradient, {SECOND}"
 WHITE_TV3 = f"white noise, plain gradient, --tv 3, {SECOND}"           # the best of its trials in WEIGHTS, by judge IoU

@@ -2686,7 +2686,8 @@ def test_a_claim_holds_if_the_seeds_do_not_overlap():
              "Joint": [{"all": v, "seed": seed, "step 0": 0.5} for seed, v in ((2, 0.5), (1, 0.4), (4, 0.6), (5, 0.0))]}
     assert reproduce.claims("table1", cells) == ["- HRHF / Joint: 77.5 ± 3.5 %", ""]         # seeds of both, no zero
     for _, table, better, worse in reproduce.CLAIMS:
-        assert {better, worse} <= {run.row for run in reproduce.study()[table]}
+        runs = reproduce.study()[table]                     # some task has both rows
+        assert any({better, worse} <= {run.row for run in runs if run[:3] == where} for where in {run[:3] for run in runs})
 
 
 def test_voc6_is_made_out_of_voc_2012(tmp_path, monkeypatch):
