@@ -218,7 +218,8 @@ def study():
         **{table: runs(ROWS[table], "shapes", "15-5") for table in ("table3", "table4", "table5", "table6")},
         "ours": runs(ROWS["ours"], "voc6", "4-1") + runs({WEAKER: "--bn 3"}, "voc6", "4-1", SEEDS[:2])
         + runs(ROWS["ours"], "voc6", "3-1")
-        + runs({row: ROWS["ours"][row] for row in (AS_IT_IS, AGAIN, WHITE)}, "shapes", "15-5"),
+        + [run for task in ("15-1", "15-5")
+           for run in runs({row: ROWS["ours"][row] for row in (AS_IT_IS, AGAIN, WHITE)}, "shapes", task)],
         "curves": runs(CURVES, "voc6", "4-1", first),
     }
     tables["table5"] += runs(ROWS["table5"], "voc6", "3-1")
