@@ -2596,7 +2596,7 @@ def test_the_study_does_what_its_flags_leave_and_says_so_if_that_is_nothing(tmp_
     assert {run.dataset for _, run in left("--only table2 --seed 2")} == {"voc6", "shapes"}
     assert {kind for kind, *_ in left("--dataset shapes --seed 2")} == {"perform"} and left("--only table3")
     assert checked == ["figure3", "figure4", "table2"]      # the others are of shapes alone
-    for flags in ("--only weights --seed 2", "--only figure3 --dataset shapes", "--only rates --seed 2", "--quick --only ours",
+    for flags in ("--only weights --seed 2", "--only figure3 --dataset shapes", "--only rates --seed 2", "--quick --only curves",
                   "--quick --only weights", "--quick --dataset voc6"):
         with pytest.raises(InputError, match="nothing to run|runs on shapes alone"):
             left(flags)
