@@ -448,9 +448,10 @@ def plan(args, gpus, tflops):
             targets = torch.zeros(args.fake_batch, sum(classes[:step]))
             targets[:, 0] = 1
             flops, peak = cost(lambda: invert(teacher, targets, 1.0, size=size, steps=1))
-            batches, each = fakes // args.fake_batch, min(args.fake_steps, args.max_iters or args.fake_steps)
+            batches = fakes // args.fake_batch
+            each = (1 + args.retry_fakes) * min(args.fake_steps, args.max_iters or args.fake_steps)
             rounds = math.ceil(batches / gpus)
-            yield phase(step, "SegInversion", fakes, batches * each, rounds * each, flops, peak, held(weights[1]))
+            yield phase(step, "SegInversion" + ", all twice" * args.retry_fakes, fakes, batches * each, rounds * each, flops, peak, held(weights[1]))
 
         optimizer = torch.optim.SGD(student.parameters(), momentum=0.9, nesterov=True, weight_decay=1e-4)
 

@@ -30,7 +30,7 @@ from torch import nn
 import data
 from chunked import upsample
 from data import InputError, derive_seed, write_atomically
-from eval import colour, save_grid
+from eval import FOUND, colour, save_grid
 from model import load_model
 from saa import scale_aware_aggregation
 
@@ -265,7 +265,7 @@ def parse_r(text):
     return r
 
 
-def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", seed=0, most=3,
+def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", seed=0, most=3, retry=False,
                rank=0, world=1, compile=False, report=None, **options):
     """Fill a folder with num_images fakes of all the classes a model knows.
 
@@ -277,6 +277,8 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     with InputError. A loss that is not finite is a FloatingPointError.
 
     most:    most foreground classes in one image
+    retry:   ours: images in which the model does not find a class that was asked for are inverted once more, from
+             other noise, copies of them in turn filling a batch; the first copy with all its classes takes the place
     compile: as for invert(); a folder begun without may go on with it
     report:  called as report(dict) with the progress of this rank
     options: steps, lr, tv, l2, bn, spectrum of invert()
@@ -288,7 +290,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     for tensor in model.state_dict().values():
         digest.update(tensor.cpu().numpy().tobytes())
     plan = {"num_images": num_images, "size": size, "batch_size": batch_size, "r": r, "seed": seed, "most": most,
-            **options, "model": digest.hexdigest()[:16]}
+            "retry": retry, **options, "model": digest.hexdigest()[:16]}
     plan = json.loads(json.dumps(plan))                     # as it comes back from the file
     plan_path, manifest = folder / "plan.json", folder / "manifest.jsonl"
     if plan_path.exists():
@@ -328,20 +330,33 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
         targets = torch.zeros(len(images), C)
         for row, i in enumerate(images):
             targets[row, [0, *asked[i]]] = 1
-        last = {}
-        x = invert(model, targets, scales, size=size, seed=batch_seed, compile=compile,
-                   on_step=lambda _, terms: last.update(terms), **options)
-        last = {name: float(term) for name, term in last.items()}
-        if not all(map(math.isfinite, last.values())) or not bool(x.isfinite().all()):
-            raise FloatingPointError(f"synthesis of batch {b} in {folder}: a loss is not finite: {last}")
-        pixels = data.denormalise(x).cpu()
+
+        def inverted(rows, seed):
+            """Fakes of these rows' classes: as they are saved, the share of pixels of every class, the last loss terms."""
+            last = {}
+            x = invert(model, targets[rows], scales[rows], size=size, seed=seed, compile=compile,
+                       on_step=lambda _, terms: last.update(terms), **options)
+            last = {name: float(term) for name, term in last.items()}
+            if not all(map(math.isfinite, last.values())) or not bool(x.isfinite().all()):
+                raise FloatingPointError(f"synthesis of batch {b} in {folder}: a loss is not finite: {last}")
+            pixels = data.denormalise(x).cpu()
+            return pixels, shares(model, normalised(pixels, device)), last
+
+        rows = list(range(len(images)))
+        pixels, found, last = inverted(rows, batch_seed)
+        complete = lambda row, share: bool((share[asked[images[row]]] > FOUND).all())
+        failed = [row for row in rows if not complete(row, found[row])]
+        if retry and failed:
+            copies = [failed[k % len(failed)] for k in rows]            # a batch as large, which --bn is meant for
+            others, theirs, _ = inverted(copies, derive_seed(batch_seed, 1))
+            for k in reversed(rows):
+                if complete(copies[k], theirs[k]):
+                    pixels[copies[k]], found[copies[k]] = others[k], theirs[k]
         x = normalised(pixels, device)
         with frozen(model), torch.inference_mode(), BatchNormMatching(model) as matching:
-            logits = model(x)
+            scores = scale_aware_aggregation(model(x), scales)
             bn = matching.loss().item()
-            scores = scale_aware_aggregation(logits, scales)
             cls = classification_loss(scores, (targets / targets.sum(1, keepdim=True)).to(device)).tolist()
-            found = F.one_hot(logits.argmax(1), C).float().mean((1, 2)).cpu()                   # (B, C)
         lines = []
         for row, i in enumerate(images):
             write_atomically(paths[i], lambda p: Image.fromarray(pixels[row].permute(1, 2, 0).numpy()).save(p, "PNG"))
@@ -384,6 +399,13 @@ def normalised(pixels, device):
     for transform in data.normalise():
         pixels = transform(data.tv_tensors.Image(pixels))
     return pixels.as_subclass(torch.Tensor).to(device)
+
+
+def shares(model, x):
+    """The share of pixels that the model gives to each class, (B, C), of x (B, 3, H, W), at its own stride."""
+    with frozen(model), torch.inference_mode():
+        logits = model(x)
+    return F.one_hot(logits.argmax(1), logits.shape[1]).float().mean((1, 2)).cpu()
 
 
 def segment(model, x):
@@ -436,7 +458,7 @@ def main(argv=None):
     targets = torch.zeros(args.images, len(names))
     for i in range(args.images):
         targets[i, [0] + [names.index(c) for c in asked[i % len(asked)]]] = 1
-    columns, texts, shares = [], args.r.split(","), {}
+    columns, texts, of_r = [], args.r.split(","), {}
     for text in texts:
         r = parse_r(text)
         if r is None:
@@ -444,11 +466,10 @@ def main(argv=None):
         x = invert(model, targets, r, size=args.size or about["crop"], seed=args.seed, **options)
         if not bool(x.isfinite().all()):
             raise FloatingPointError(f"r = {text}: a pixel is not finite; try a lower --lr")
-        with frozen(model), torch.inference_mode():
-            found = F.one_hot(model(x).argmax(1).cpu(), len(names)).float().mean((1, 2))        # (B, C)
-        shares[text] = {name: round(found[targets[:, c] > 0, c].mean().item(), 3)
+        found = shares(model, x)
+        of_r[text] = {name: round(found[targets[:, c] > 0, c].mean().item(), 3)
                         for c, name in enumerate(names) if targets[:, c].any()}
-        print(f"r = {text}: share of pixels, in the images that ask for the class", shares[text])
+        print(f"r = {text}: share of pixels, in the images that ask for the class", of_r[text])
         columns.append([p for pair in zip(data.denormalise(x[:4]).cpu(), segment(model, x[:4])) for p in pair])
     save_grid([picture for row in zip(*columns) for picture in row], len(columns), args.out)
     grid = Image.open(args.out)
@@ -458,7 +479,7 @@ def main(argv=None):
         ImageDraw.Draw(picture).text((4 + i * grid.width // len(texts), 1), f"r = {text}", "black")
     write_atomically(args.out, lambda p: picture.save(p, "PNG"))
     print(f"wrote {args.out}")
-    return shares
+    return of_r
 
 
 if __name__ == "__main__":

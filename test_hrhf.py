@@ -1258,6 +1258,59 @@ def test_synthesize_fills_a_folder_and_a_manifest_that_says_what_is_in_it(tmp_pa
     assert all(Image.open(p).size == (32, 32) for p in paths)
 
 
+def test_a_fake_without_its_class_is_inverted_once_more_and_its_first_complete_copy_is_kept(tmp_path, monkeypatch):
+    class Colours(torch.nn.Module):                         # class 1 where it is red, 2 where it is green
+        classes_per_step = [3]
+
+        def __init__(self):
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return torch.cat([torch.zeros_like(x[:, :1]), x[:, :2]], dim=1)
+
+    def painted(brightness, targets, width):                # the classes asked for side by side, width pixels each
+        x = torch.zeros(len(targets), 3, 16, 16)            # where brightness is below 0, only the first of them
+        for image, value, asked in zip(x, brightness, targets):
+            for c in asked[1:].nonzero().flatten()[:1 if value < 0 else 2].tolist():
+                image[c, :, c * 8:c * 8 + width] = abs(value)
+        return (x - torch.tensor(data.MEAN).view(3, 1, 1)) / torch.tensor(data.STD).view(3, 1, 1)
+
+    def invert(model, targets, r, *, size, seed, **_):
+        calls.append((targets.clone(), r.clone(), seed))
+        return painted(brightness[len(calls) - 1], targets, 8)
+
+    monkeypatch.setattr(seginversion, "invert", invert)
+    of_two = next(i for i, classes in enumerate(seginversion.balanced_targets(4, 2, data.derive_seed(1, 0), 2)) if len(classes) == 2)
+    for retry, brightness, lasting in (
+            (False, [[1, 0, 1, 0]], [1, 0, 1, 0]),
+            (True, [[1, 1, 1, 1]], [1, 1, 1, 1]),
+            (True, [[0.6, 0, 1, 0], [0, 0.7, 0.8, 0.9]], [0.6, 0.8, 1, 0.7]),   # copies of 1, 3, 1, 3
+            (True, [[1, 0, 1, 0], [1, 0, 1, 0]], [1, 1, 1, 0]),                 # what fails twice stays
+            (True, [[1 - 2 * (i == of_two) for i in range(4)], [1, 1, 1, 1]], [1, 1, 1, 1])):   # one class of two is not all
+        calls, folder = [], tmp_path / str(len(list(tmp_path.iterdir())))
+        paths = seginversion.synthesize(Colours(), folder, 4, size=16, batch_size=4, most=2, seed=1, retry=retry)
+        assert len(calls) == len(brightness)
+        (targets, r, seed), lines = calls[0], [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+        if len(calls) == 2:
+            failed = [i for i in range(4) if brightness[0][i] <= 0]
+            copies = [failed[k % len(failed)] for k in range(4)]
+            assert torch.equal(calls[1][0], targets[copies]) and torch.equal(calls[1][1], r[copies]) and calls[1][2] != seed
+        for value, path, line, asked in zip(lasting, paths, lines, targets):
+            expected = data.denormalise(painted([value], asked[None], 8))[0]
+            assert torch.equal(torch.from_numpy(np.array(Image.open(path))).movedim(-1, 0), expected)
+            assert line["found"][1:] == [0.5 * bool(value)] * int(asked[1:].sum())
+    net, half = Colours(), painted([1, 1], torch.tensor([[1, 1, 0], [1, 0, 1]]), 4)
+    assert seginversion.shares(net, half).tolist() == [[0.75, 0.25, 0], [0.75, 0, 0.25]] and net.training
+
+
+def test_fakes_are_inverted_again_only_if_something_is_inverted():
+    assert train.parse(["--retry-fakes"]).retry_fakes and not train.parse([]).retry_fakes
+    for flags in ("--method mib", "--fake noise", "--fake none"):
+        with pytest.raises(InputError, match="--retry-fakes: .* without SegInversion"):
+            train.parse(["--retry-fakes", *flags.split()])
+
+
 def test_synthesize_goes_on_at_the_first_missing_batch_to_the_same_manifest_and_images(tmp_path, monkeypatch):
     whole = make_fakes(tmp_path / "whole")
     calls, real_invert = [], seginversion.invert

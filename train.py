@@ -86,6 +86,8 @@ def parse(argv=None):
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
     a("--num-fakes", type=int, help="per step, if not as many as it has real images (at most 1024)")
     a("--keep-fakes", action="store_true", help="ours, not the paper's: train on the fakes of earlier steps as well")
+    a("--retry-fakes", action="store_true", help="ours: invert once more where the old network does not find a class it was "
+      "asked for; at most twice the time")
     a("--fake-batch", type=int, default=16, help="images inverted together; lower it if memory is short")
     a("--fake-classes", type=int, default=3, help="most foreground classes in one fake (paper's Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
@@ -118,6 +120,8 @@ def parse(argv=None):
     args.fake = args.fake or ("seginversion" if method.fakes else "none")
     if args.keep_fakes and args.fake == "none":
         raise InputError("--keep-fakes: there are no fakes to keep without SegInversion")
+    if args.retry_fakes and args.fake != "seginversion":
+        raise InputError("--retry-fakes: there is nothing to invert again without SegInversion")
     if args.spectrum > 4:
         raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
     args.epochs0 = args.epochs0 or args.epochs
@@ -406,7 +410,7 @@ def main(argv=None):
                     try:
                         fakes = synthesize(
                             teacher, run / f"fakes-step-{step}", number_of_fakes, size=args.crop,
-                            batch_size=args.fake_batch, r=args.r, most=args.fake_classes,
+                            batch_size=args.fake_batch, r=args.r, most=args.fake_classes, retry=args.retry_fakes,
                             seed=derive_seed(args.seed, step, 2), rank=rank, world=world, compile=args.compile,
                             report=lambda event: log(step=step, phase="seginversion", **event),
                             **{**inversion, **({"steps": 0, "spectrum": 0.0} if args.fake == "noise" else {})})
