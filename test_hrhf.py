@@ -2210,6 +2210,8 @@ def test_the_plan_has_every_phase_of_the_real_run_with_its_iterations_memory_and
     iterations = [row[3] for row in one[:5]]
     assert iterations == [str(3 * (8437 // 24)), str(math.ceil(1449 / 8)), str(3 * 7), str(3 * (378 // 12)), "182"]
     assert [row[3] for row in four[:5]] == [iterations[0], str(math.ceil(182 / 4)), "7", iterations[3], "46"]
+    twice = plan(f"{command} --retry-fakes", 1, 1e-6)[2]
+    assert twice[1] == "SegInversion, all twice" and twice[3] == str(2 * 3 * 7)
     with torch.device("meta"):                              # the same counted by hand, each network alone
         old, x, tested = model.DeepLabV3("tiny", [16]).eval(), torch.empty(24, 3, 64, 64), torch.empty(8, 3, 64, 64)
         new, both = model.DeepLabV3("tiny", [16, 1]), torch.empty(16, 3, 64, 64, requires_grad=True)
@@ -2739,11 +2741,13 @@ def test_a_claim_holds_if_the_seeds_do_not_overlap():
              "Joint": [{"all": v, "seed": seed, "step 0": 0.5} for seed, v in ((2, 0.5), (1, 0.4), (4, 0.6), (5, 0.0))]}
     assert reproduce.claims("table1", cells) == ["- HRHF / Joint: 77.5 ± 3.5 %", ""]         # seeds of both, no zero
     rows = lambda **scores: {row: [{"all": v, "seed": seed, "step 0": 0.5} for seed, v in enumerate(values, 1)] for row, values in scores.items()}
+    cells = rows(HRHF=[0.1, 0.2], MiB=[0.3, 0.45], LwF=[0.1])
+    cells["MiB"][1]["step 0"] = 0.6
     assert reproduce.at_a_glance([("voc6 4-1", "table1", rows(HRHF=[0.5, 0.4, 0.3], MiB=[0.2, 0.1, 0.0], LwF=[0.2, 0.1, 0.3])),
-                                  ("shapes 15-1", "table1", rows(HRHF=[0.1, 0.2], MiB=[0.3, 0.45], LwF=[0.1])),
+                                  ("shapes 15-1", "table1", cells),
                                   ("shapes 15-1", "table2", rows(HRHF=[0.1], MiB=[0.3]))]) == [
         "| claim | holds | undecided | does not hold |", "|---|---|---|---|",
-        "| HRHF beats MiB | voc6 4-1 +30.0 |  | shapes 15-1 -22.5 (n = 2) |",
+        "| HRHF beats MiB | voc6 4-1 +30.0 |  | shapes 15-1 -22.5 (n = 2, other step 0: 2) |",
         "| HRHF beats LwF |  | voc6 4-1 +20.0, shapes 15-1 +0.0 (n = 1) |  |"]
     for _, table, better, worse in reproduce.CLAIMS:
         runs = reproduce.study()[table]                     # some task has both rows
