@@ -338,7 +338,7 @@ def begun(run, place):
         there = data.read_json(folder / "settings.json", {"dataset": str})
         here = vars(train.parse([*run.command.replace(ORACLE, "").split(), *place.extra]))
         may_differ = "out data_root workers compile step0 pretrained".split()
-        if all(there.get(key) == here[key] for key in here if key not in may_differ):
+        if all(there.get(key, False) == here[key] for key in here if key not in may_differ):
             return there
 
 

@@ -270,7 +270,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     """Fill a folder with num_images fakes of all the classes a model knows.
 
     Writes 00000.png, ... and manifest.jsonl, a line per image: file, classes (background first), r of
-    each, seed of its batch, and what the saved pixels come to, unweighted: cls, tv, bn (of the batch),
+    each, the seed it was inverted with, and what the saved pixels come to, unweighted: cls, tv, bn (of the batch),
     and found, the share of pixels that the model itself gives to each class asked for. Batch b belongs
     to rank b % world and, for given settings, depends on (seed, b) alone.
     Called again it goes on at the first missing batch; with other settings or another model it refuses
@@ -279,6 +279,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     most:    most foreground classes in one image
     retry:   ours: images in which the model does not find a class that was asked for are inverted once more, from
              other noise, copies of them in turn filling a batch; the first copy with all its classes takes the place
+             (found as in the manifest, at the model's own stride: `eval.py --fakes` looks at full size)
     compile: as for invert(); a folder begun without may go on with it
     report:  called as report(dict) with the progress of this rank
     options: steps, lr, tv, l2, bn, spectrum of invert()
@@ -295,7 +296,8 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     plan_path, manifest = folder / "plan.json", folder / "manifest.jsonl"
     if plan_path.exists():
         there = data.read_json(plan_path, {"seed": int})
-        differing = [k for k in plan.keys() | there.keys() if plan.get(k) != there.get(k)]
+        # a setting that came later than the folder was off there
+        differing = [k for k in plan.keys() | there.keys() if plan.get(k, False) != there.get(k, False)]
         if differing:
             raise InputError(f"{folder} holds fakes made with other settings ({', '.join(sorted(differing))}): "
                              "remove that folder or choose another")
@@ -342,16 +344,18 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
             pixels = data.denormalise(x).cpu()
             return pixels, shares(model, normalised(pixels, device)), last
 
-        rows = list(range(len(images)))
+        rows, seeds = list(range(len(images))), [batch_seed] * len(images)
         pixels, found, last = inverted(rows, batch_seed)
         complete = lambda row, share: bool((share[asked[images[row]]] > FOUND).all())
         failed = [row for row in rows if not complete(row, found[row])]
         if retry and failed:
             copies = [failed[k % len(failed)] for k in rows]            # a batch as large, which --bn is meant for
-            others, theirs, _ = inverted(copies, derive_seed(batch_seed, 1))
-            for k in reversed(rows):
-                if complete(copies[k], theirs[k]):
-                    pixels[copies[k]], found[copies[k]] = others[k], theirs[k]
+            again = derive_seed(batch_seed, 1)
+            with contextlib.suppress(FloatingPointError):               # the first images stay then
+                others, theirs, _ = inverted(copies, again)
+                for k in reversed(rows):
+                    if complete(copies[k], theirs[k]):
+                        pixels[copies[k]], found[copies[k]], seeds[copies[k]] = others[k], theirs[k], again
         x = normalised(pixels, device)
         with frozen(model), torch.inference_mode(), BatchNormMatching(model) as matching:
             scores = scale_aware_aggregation(model(x), scales)
@@ -363,14 +367,14 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
             classes = [0, *asked[i]]
             lines.append(json.dumps({
                 "file": paths[i].name, "classes": classes, "r": [str(v) for v in scales[row, classes].tolist()],
-                "seed": batch_seed, "cls": cls[row], "tv": total_variation(x[row:row + 1]).item(),
+                "seed": seeds[row], "cls": cls[row], "tv": total_variation(x[row:row + 1]).item(),
                 "bn": bn, "found": found[row, classes].tolist()}) + "\n")
         write_atomically(part(b), lambda p: p.write_text("".join(lines)))
         if report:
             seconds = time.monotonic() - started
             left = len([k for k in batches[rank::world] if k > b])
-            report({"batch": b, "of": len(batches), **last, "images/s": world * len(images) / seconds,
-                    "eta": seconds * left})
+            report({"batch": b, "of": len(batches), **last, "again": len(images) - seeds.count(batch_seed),
+                    "images/s": world * len(images) / seconds, "eta": seconds * left})
     if world > 1:
         dist.barrier()
     if rank == 0:

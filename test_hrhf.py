@@ -1278,7 +1278,7 @@ def test_a_fake_without_its_class_is_inverted_once_more_and_its_first_complete_c
 
     def invert(model, targets, r, *, size, seed, **_):
         calls.append((targets.clone(), r.clone(), seed))
-        return painted(brightness[len(calls) - 1], targets, 8)
+        return painted(brightness[len(calls) - 1], targets, 8)          # nan: diverged
 
     monkeypatch.setattr(seginversion, "invert", invert)
     of_two = next(i for i, classes in enumerate(seginversion.balanced_targets(4, 2, data.derive_seed(1, 0), 2)) if len(classes) == 2)
@@ -1287,6 +1287,7 @@ def test_a_fake_without_its_class_is_inverted_once_more_and_its_first_complete_c
             (True, [[1, 1, 1, 1]], [1, 1, 1, 1]),
             (True, [[0.6, 0, 1, 0], [0, 0.7, 0.8, 0.9]], [0.6, 0.8, 1, 0.7]),   # copies of 1, 3, 1, 3
             (True, [[1, 0, 1, 0], [1, 0, 1, 0]], [1, 1, 1, 0]),                 # what fails twice stays
+            (True, [[1, 0, 1, 0], [1, math.nan, 1, 1]], [1, 0, 1, 0]),          # so do all if the second time diverges
             (True, [[1 - 2 * (i == of_two) for i in range(4)], [1, 1, 1, 1]], [1, 1, 1, 1])):   # one class of two is not all
         calls, folder = [], tmp_path / str(len(list(tmp_path.iterdir())))
         paths = seginversion.synthesize(Colours(), folder, 4, size=16, batch_size=4, most=2, seed=1, retry=retry)
@@ -1296,7 +1297,8 @@ def test_a_fake_without_its_class_is_inverted_once_more_and_its_first_complete_c
             failed = [i for i in range(4) if brightness[0][i] <= 0]
             copies = [failed[k % len(failed)] for k in range(4)]
             assert torch.equal(calls[1][0], targets[copies]) and torch.equal(calls[1][1], r[copies]) and calls[1][2] != seed
-        for value, path, line, asked in zip(lasting, paths, lines, targets):
+        for value, before, path, line, asked in zip(lasting, brightness[0], paths, lines, targets):
+            assert line["seed"] == calls[value > 0 >= before][2]            # of the time that made it
             expected = data.denormalise(painted([value], asked[None], 8))[0]
             assert torch.equal(torch.from_numpy(np.array(Image.open(path))).movedim(-1, 0), expected)
             assert line["found"][1:] == [0.5 * bool(value)] * int(asked[1:].sum())
@@ -1567,6 +1569,32 @@ def test_a_run_folder_with_other_settings_is_refused_with_their_names(finished, 
     sentence = capsys.readouterr().err
     assert "--lam is 1.0 there and 0.5 here" in sentence and "--r is random there and max here" in sentence
     assert "--epochs" not in sentence
+
+
+def test_a_flag_that_came_later_than_a_run_or_its_fakes_was_off_there(tmp_path):
+    run, args = tmp_path / "run", train.parse([])
+    train.claim(run, args, [])
+    (run / "step-0.pth").touch()
+    make_fakes(tmp_path / "fakes")
+    for path, flag in ((run / "settings.json", "retry_fakes"), (tmp_path / "fakes/plan.json", "retry")):
+        there = json.loads(path.read_text())
+        assert there.pop(flag) is False
+        path.write_text(json.dumps(there))
+    with pytest.raises(InputError, match="--retry-fakes is False there and True here"):
+        train.claim(run, train.parse(["--retry-fakes"]), [])
+    with pytest.raises(InputError, match=r"other settings \(retry\)"):
+        make_fakes(tmp_path / "fakes", retry=True)
+    train.claim(run, args, [])
+    make_fakes(tmp_path / "fakes")
+    place = reproduce.Place({}, tmp_path, tmp_path)
+    of_study = reproduce.Run("shapes", "15-1", "disjoint", "HRHF", "", 1)
+    folder = tmp_path / of_study.name
+    train.claim(folder, train.parse(of_study.command.split()), [])
+    (folder / "step-0.pth").touch()
+    there = json.loads((folder / "settings.json").read_text())
+    del there["retry_fakes"]
+    (folder / "settings.json").write_text(json.dumps(there))
+    assert reproduce.begun(of_study, place) == there
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_named_terms(finished, tmp_path, capsys):

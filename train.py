@@ -196,8 +196,9 @@ def claim(run, args, data_set):
     path = run / "settings.json"
     if [*run.glob("step-*.pth"), *run.glob("last.pth")] and path.exists():
         there = data.read_json(path, {"dataset": str})
-        differing = [f"--{k.replace('_', '-')} is {there.get(k)} there and {settings[k]} here"
-                     for k in settings if k not in ("data", "data_root") and there.get(k) != settings[k]]
+        # a flag that came later than the run was off there
+        differing = [f"--{k.replace('_', '-')} is {there.get(k, False)} there and {settings[k]} here"
+                     for k in settings if k not in ("data", "data_root") and there.get(k, False) != settings[k]]
         if there.get("data") != settings["data"]:
             differing.append("its classes, images or labels have changed")
         if differing:
