@@ -3,7 +3,7 @@ Half-Real Half-Fake Distillation (paper, Sec. 3.3): the losses that train the ne
 
     s_t, s_{t-1}  logits of the student (C_old + C_new channels) and of the teacher (C_old channels,
                   background first); p = softmax(s_{t-1}), q = softmax(s_t)
-    q^            Probability Rearrange: q^_0 = q_0 + sum of the new classes, q^_c = q_c for the rest
+    q^            Probability Rearrange: q^_0 = q_0 + sum of the new classes, else q^_c = q_c
     y_merge       Label Merge: the new class where the image is labelled with one, else argmax_c p_c
 
     Eq. 3   l_kd  = -1/(H W) * sum_u sum_{c in C_old} p_uc log q^_uc
@@ -13,25 +13,21 @@ Half-Real Half-Fake Distillation (paper, Sec. 3.3): the losses that train the ne
 Both losses run over every pixel of the whole mini-batch, the real half and the fake half alike.
 Fake images carry no labels (0 everywhere), so their y_merge is the teacher's prediction.
 """
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
-from chunked import chunked
-
 
 def probability_rearrange(logits, num_old):
-    """Fold the new classes into the background, so that student and teacher speak of the same classes.
+    """Fold the new classes into the background: student and teacher speak of the same classes.
 
     logits:  (B, C_t, H, W) student logits, background first, then the old, then the new classes
     num_old: C_old, the number of the teacher's channels, background included
     Returns log q^: (B, C_old, H, W) log-probabilities that sum to one over the old classes.
     """
-    log_q = F.log_softmax(logits, dim=1)                                        # (B, C_t, H, W)
-    background = torch.cat([log_q[:, :1], log_q[:, num_old:]], dim=1)           # (B, 1 + C_new, H, W)
-    background = background.logsumexp(dim=1, keepdim=True)                      # (B, 1, H, W)
-    return torch.cat([background, log_q[:, 1:num_old]], dim=1)                  # (B, C_old, H, W)
+    log_q = F.log_softmax(logits, dim=1)                                    # (B, C_t, H, W)
+    background = torch.cat([log_q[:, :1], log_q[:, num_old:]], dim=1)       # (B, 1 + C_new, H, W)
+    background = background.logsumexp(dim=1, keepdim=True)                  # (B, 1, H, W)
+    return torch.cat([background, log_q[:, 1:num_old]], dim=1)              # (B, C_old, H, W)
 
 
 def distillation_loss(logits, teacher_logits):
@@ -70,24 +66,13 @@ def segmentation_loss(logits, merged):
 
 
 def hrhf_loss(logits, teacher_logits, labels, lam=1.0):
-    """Eq. 5 as named terms, weights applied: {"kd": lam * l_kd, "seg": l_seg}. Their sum is the loss.
+    """Eq. 5 as named terms, weights applied: {"kd": lam * l_kd, "seg": l_seg}. Their sum is l.
 
-    logits: (B, C_t, H, W); labels: (B, H, W); teacher_logits: (B, C_old, H, W), or None at step 0, which
-    has l_seg alone.
+    logits: (B, C_t, H, W); labels: (B, H, W); teacher_logits: (B, C_old, H, W), or None at step 0,
+    which has l_seg alone.
     """
     if teacher_logits is None:
         return {"seg": segmentation_loss(logits, labels)}
     merged = label_merge(teacher_logits, labels, teacher_logits.shape[1])
     return {"kd": lam * distillation_loss(logits, teacher_logits),
             "seg": segmentation_loss(logits, merged)}
-
-
-def hrhf(student, teacher, batch, lam=1.0):
-    """The method as the training loop sees it: (student, teacher, batch) -> loss, its named terms (detached).
-
-    batch: images (B, 3, H, W) and labels (B, H, W). teacher is None at step 0.
-    """
-    images, labels = batch
-    with torch.inference_mode():
-        teacher_logits = teacher(images) if teacher else None
-    return chunked(partial(hrhf_loss, lam=lam), student(images), teacher_logits, labels, of_labelled=["seg"])

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from data import InputError, write_atomically
+from run import InputError, write_atomically
 
-SLOPE = 0.01                                                # LeakyReLU slope of activated batch norm
-UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError,     # what torch.load and what
-              RuntimeError, LookupError, ValueError, TypeError, AttributeError)  # uses it say of a wrong file
+SLOPE = 0.01                                            # LeakyReLU slope of activated batch norm
+# What torch.load, and what uses its result, say of a wrong file.
+UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError,
+              LookupError, ValueError, TypeError, AttributeError)
 
 
 def norm_act(channels):
@@ -76,6 +77,8 @@ BACKBONES = {
 }
 
 
+# ------------------------------------------------------------------------- pretrained weights
+
 def from_mapillary(state):
     """Keys of Mapillary's in-place-ABN ResNet, renamed to torchvision's; None if it is not one.
 
@@ -90,7 +93,9 @@ def from_mapillary(state):
             continue
         if match := re.match(r"mod(\d)\.block(\d+)\.(.*)", key):
             layer, block, rest = match.groups()
-            rest = rest.replace("convs.", "").replace("proj_conv", "downsample.0").replace("proj_bn", "downsample.1")
+            for theirs, ours in (("convs.", ""), ("proj_conv", "downsample.0"),
+                                 ("proj_bn", "downsample.1")):
+                rest = rest.replace(theirs, ours)
             new = f"layer{int(layer) - 1}.{int(block) - 1}.{rest}"
         else:
             new = key.removeprefix("mod1.")                 # mod1.conv1, mod1.bn1
@@ -100,7 +105,7 @@ def from_mapillary(state):
 
 
 def load_backbone_file(net, path):
-    """Load ImageNet weights into a torchvision network. Its 1000-way head may be absent in the file.
+    """Load ImageNet weights into a torchvision network; the file may lack its 1000-way head.
 
     path: torchvision's .pth or Mapillary's resnet*_iabn_sync.pth.tar.
     Raises InputError that names the first missing and the first unexpected key.
@@ -115,24 +120,48 @@ def load_backbone_file(net, path):
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     state = from_mapillary(state) or state
     own = net.state_dict()
-    optional = [k for k in own if k.startswith(("fc.", "classifier.")) or k.endswith("num_batches_tracked")]
+    optional = [k for k in own if k.startswith(("fc.", "classifier."))
+                or k.endswith("num_batches_tracked")]
     state = {**{k: own[k] for k in optional}, **state}
     missing = [k for k in own if k not in state]
     unexpected = [k for k in state if k not in own]
-    resized = [k for k in own if k in state and getattr(state[k], "shape", None) != own[k].shape]
+    resized = [k for k in own if k in state and getattr(state[k], "shape", 0) != own[k].shape]
     if missing or unexpected or resized:
-        first = [f"{len(keys)} {what}, first {keys[0]}" for what, keys in
-                 [("missing", missing), ("unexpected", unexpected), ("of another shape", resized)] if keys]
+        kinds = ("missing", missing), ("unexpected", unexpected), ("of another shape", resized)
+        first = [f"{len(keys)} {what}, first {keys[0]}" for what, keys in kinds if keys]
         raise InputError(f"--pretrained {path} does not fit this backbone: {'; '.join(first)}")
     net.load_state_dict(state)
 
 
+def pretrained_network(backbone, pretrained):
+    """torchvision's classification network, None for tiny; pretrained as in DeepLabV3."""
+    if backbone == "tiny":
+        if pretrained is not None:
+            raise InputError("--pretrained: the tiny backbone has no ImageNet weights, "
+                             "use --pretrained none")
+        return None
+    net = torchvision.models.get_model(backbone, weights=None)
+    if pretrained == "imagenet":
+        weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+        try:
+            net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"could not download the ImageNet weights of {backbone} ({error}): name a file "
+                "with --pretrained FILE, or start from scratch with --pretrained none") from None
+    elif pretrained is not None:
+        load_backbone_file(net, pretrained)
+    return net
+
+
+# ----------------------------------------------------------------------------------- the network
+
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling, MiB's variant: the image-pooling branch is added, not concatenated.
+    """Atrous spatial pyramid pooling as in MiB: the image-pooling branch is added to the others.
 
     (B, c_in, H, W) -> (B, c, H, W). In training the pooled branch is the global mean; in evaluation
-    it is a sliding mean over at most 32 x 32 cells, the map of a 512 crop, so that a larger image is
-    pooled over as much context as the network was trained with.
+    it is a sliding mean over at most 32 x 32 cells, the map of a 512 crop, so that a larger image
+    is pooled over as much context as the network was trained with.
     """
 
     def __init__(self, c_in, c, rates):
@@ -140,7 +169,8 @@ class ASPP(nn.Module):
         self.branches = nn.ModuleList([nn.Conv2d(c_in, c, 1, bias=False)] + [
             nn.Conv2d(c_in, c, 3, padding=d, dilation=d, bias=False) for d in rates])
         self.merge = nn.Sequential(norm_act(4 * c), nn.Conv2d(4 * c, c, 1, bias=False))
-        self.pool = nn.Sequential(nn.Conv2d(c_in, c, 1, bias=False), norm_act(c), nn.Conv2d(c, c, 1, bias=False))
+        self.pool = nn.Sequential(nn.Conv2d(c_in, c, 1, bias=False), norm_act(c),
+                                  nn.Conv2d(c, c, 1, bias=False))
         self.out = norm_act(c)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -161,7 +191,7 @@ class DeepLabV3(nn.Module):
     """Segmentation network that grows by one classifier per learning step.
 
     backbone:         resnet101, resnet50, resnet18, mobilenet_v2 (output stride 16) or tiny (8)
-    classes_per_step: outputs of each step, background in the first: [16, 1, 1, 1, 1, 1] for VOC 15-1
+    classes_per_step: outputs of each step, background in the first: [16, 1, 1, 1, 1, 1] for 15-1
     pretrained:       None, "imagenet" (torchvision's download) or a weights file of the backbone
 
     forward: (B, 3, H, W) normalised images -> (B, C_t, H / stride, W / stride) logits, C_t the sum
@@ -170,28 +200,15 @@ class DeepLabV3(nn.Module):
 
     def __init__(self, backbone, classes_per_step, pretrained=None):
         super().__init__()
-        self.backbone = backbone
         if backbone not in BACKBONES:
             raise InputError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}")
+        self.backbone = backbone
         body, width, rates = BACKBONES[backbone]
-        net = None
-        if backbone != "tiny":
-            net = torchvision.models.get_model(backbone, weights=None)
-        if pretrained == "imagenet" and net is not None:
-            weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-            try:
-                net.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
-            except (OSError, RuntimeError) as error:
-                raise InputError(f"could not download the ImageNet weights of {backbone} ({error}): name a file "
-                                 "with --pretrained FILE, or start from scratch with --pretrained none") from None
-        elif pretrained is not None:
-            if net is None:
-                raise InputError("--pretrained: the tiny backbone has no ImageNet weights, use --pretrained none")
-            load_backbone_file(net, pretrained)
-        self.body, channels = body(net)
+        self.body, channels = body(pretrained_network(backbone, pretrained))
         self.head = ASPP(channels, width, rates)
         self.classifiers = nn.ModuleList(nn.Conv2d(width, n, 1) for n in classes_per_step)
-        self.to(memory_format=torch.channels_last)          # of the weights, which decides: 1.3 to 1.5 times faster
+        # The weights decide the layout of all activations: 1.3 to 1.5 times faster.
+        self.to(memory_format=torch.channels_last)
 
     @property
     def classes_per_step(self):
@@ -222,15 +239,23 @@ class DeepLabV3(nn.Module):
         self.classifiers.append(new)
 
 
+def upsample(logits, labels):
+    """Bring logits (B, C, h, w) to the labels' size (B, H, W), bilinearly, in float32 or better."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
 def save_model(model, path, **about):
     """Write a step's checkpoint: weights, and what load_model and a reader need to know of them."""
     write_atomically(path, lambda p: torch.save(
-        {"model": model.state_dict(), "backbone": model.backbone, "classes_per_step": model.classes_per_step,
-         **about}, p))
+        {"model": model.state_dict(), "backbone": model.backbone,
+         "classes_per_step": model.classes_per_step, **about}, p))
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint of save_model -> (model in evaluation mode, the rest of the checkpoint as a dict)."""
+    """A checkpoint of save_model -> (model in evaluation mode, the rest of it as a dict)."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         model = DeepLabV3(checkpoint["backbone"], checkpoint["classes_per_step"])

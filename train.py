@@ -1,13 +1,13 @@
 """
 Train one class-incremental task, all its steps in one run (paper, Sec. 3.3 and 4).
 
-    python train.py                                                          # shapes 15-1: CPU, minutes
-    torchrun train.py --task 15-1 --dataset voc                              # the paper's setting
+    python train.py                                                     # shapes 15-1: CPU, minutes
+    torchrun train.py --task 15-1 --dataset voc                         # the paper's setting
     torchrun --nproc_per_node=8 train.py --task 100-10 --dataset ade --data-root data
 
 Step 0 trains on the first classes. Every later step t inverts the network of step t - 1 into fake
-images of all old classes (seginversion.py), then trains on half-real half-fake batches (distill.py).
-The same command again goes on where it stopped. A run folder holds
+images of all old classes (seginversion.py), then trains on half-real half-fake batches
+(distill.py). The same command again goes on where it stopped. A run folder holds
 
     settings.json  log.jsonl  step-<t>.pth  step-<t>.json  fakes-step-<t>/  fakes-step-<t>.png
     predictions.png  results.json
@@ -16,13 +16,10 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
-from datetime import timedelta
-from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,42 +28,61 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import data
-from baselines import METHODS
-from data import InputError, derive_seed, write_atomically
-from eval import PAPER, autocast, evaluate, iou, save_predictions, summarize, table, test_view
+import protocol
+from eval import evaluate, iou, save_predictions, summarize, table, test_view
+from fakes import parse_r, replay, save_fakes, synthesize
+from methods import METHODS
 from model import BACKBONES, UNREADABLE, DeepLabV3, load_model, save_model
-from seginversion import parse_r, save_fakes, synthesize
+from run import (ANOTHER_FOLDER, InputError, Run, autocast, default_workers, derive_seed,
+                 plain_errors, read_json, setup, write_atomically, write_json)
 
-# The paper's numbers (Sec. 4.2; MiB's where it says "as in [5]") are the parser's defaults; these are
-# what a data set changes. `shapes` is not in the paper: its numbers fit a laptop's CPU.
+# The parser's defaults are the paper's numbers (Sec. 4.2; MiB's where it says "as in [5]",
+# DeepInversion's weights where it follows that). These are what a data set changes. On small
+# images SegInversion is better our way (results/README.md): 1/f noise and other weights.
+OURS = {"spectrum": 1.0, "tv": 0.3, "bn": 10.0}
 DATASET_DEFAULTS = {
     "voc": {"task": "15-1"},
     "ade": {"task": "100-50", "epochs": 60},
-    "folder": {},
-    "shapes": {"task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "epochs0": 14, "epochs": 12,
-               "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1, "fake_steps": 100, "tv": 2.0, "bn": 3.0,
-               "workers": 1},
+    "folder": OURS,
+    "shapes": {                                             # sizes for a laptop's CPU
+        "task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "workers": 1,
+        "epochs0": 14, "epochs": 12, "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1,
+        "fake_steps": 100, **OURS, "tv": 2.0, "bn": 3.0},
 }
 
+
+# --------------------------------------------------------------------------------------- flags
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it is written, and the default of every flag."""
 
 
-def parse(argv=None):
+def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    a = p.add_argument
-    a("--dataset", choices=list(DATASET_DEFAULTS), default="shapes", help="folder: your own images in VOC's layout")
+    a = p.add_argument_group("task and data (Sec. 4.1)").add_argument
+    a("--dataset", choices=list(DATASET_DEFAULTS), default="shapes",
+      help="folder: your own images in VOC's layout")
     a("--data-root", default="data", help="where the data set is")
-    a("--task", help="A-B: A classes first, then B a step; or offline (the paper's Joint)")
+    a("--task", help="A-B: A classes first, then B a step")
     a("--setting", choices=["disjoint", "overlapped"], default="disjoint",
-      help="overlapped lets images of later classes into earlier steps (paper: both; its ablations: disjoint)")
+      help="overlapped lets images of later classes into earlier steps (Table 1 has both)")
     a("--split-dir", help="folder of MiB's train-<step>.npy lists, to compare with its ADE numbers")
     a("--void", choices=["background", "ignore"], default="background",
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
-    a("--step0", metavar="CHECKPOINT", help="another run's step-0.pth to build upon: methods and ablations share it")
+
+    a = p.add_argument_group("run").add_argument
     a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>[-<method>]")
-    a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller ones for fewer or no GPUs")
+    a("--step0", metavar="CHECKPOINT",
+      help="another run's step-0.pth to build upon: methods and ablations share it")
+    a("--seed", type=int, default=42, help="of everything random")
+    a("--workers", type=int,
+      help="loader processes per rank; raise it if data_wait in the log is not near 0")
+    a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
+    a("--max-iters", type=int,
+      help="smoke run: caps the iterations of every training step and inversion")
+
+    a = p.add_argument_group("network and training (Sec. 4.2)").add_argument
+    a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller: fewer or no GPUs")
     a("--pretrained", default="imagenet",
       help="imagenet (download), none, or a file: torchvision's or Mapillary's iABN")
     a("--crop", type=int, default=512, help="height and width of training, test and fake images")
@@ -75,62 +91,78 @@ def parse(argv=None):
     a("--epochs0", type=int, help="step 0, if it needs another number")
     a("--lr0", type=float, default=1e-2, help="step 0")
     a("--lr", type=float, default=1e-3, help="later steps; lower it first if old classes collapse")
+
+    a = p.add_argument_group("method (Sec. 3.3; off the defaults: an ablation)").add_argument
     a("--method", choices=list(METHODS), default="hrhf", help="a row of Tables 1 and 7")
-    a("--lam", type=float, help="weight of the method's term against forgetting, if not its own (HRHF's is 1, Eq. 5; "
-      "0: Table 5's W/O KD)")
-    a("--init", choices=["background", "random"], help="of new classifiers, if not the method's (HRHF's: background)")
+    a("--lam", type=float, help="weight of the method's term against forgetting, if not its own "
+      "(HRHF's is 1, Eq. 5; 0: Table 5's W/O KD)")
     a("--fake", choices=["seginversion", "noise", "none"],
       help="if not the method's. Table 2: none is its Baseline, noise its +Noise")
-    a("--r", default="random", help="scale of Eq. 1: a number, avg, max (Tables 3 and 4), or random for every "
-      "image and class (Sec. 3.2) or random-image for every image (Sec. 4.4)")
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
-    a("--num-fakes", type=int, help="per step, if not as many as it has real images (at most 1024)")
-    a("--keep-fakes", action="store_true", help="ours, not the paper's: train on the fakes of earlier steps as well")
-    a("--retry-fakes", action="store_true", help="ours: invert once more where the old network does not find a class it was "
-      "asked for; at most twice the time")
-    a("--fake-batch", type=int, default=16, help="images inverted together; lower it if memory is short")
-    a("--fake-classes", type=int, default=3, help="most foreground classes in one fake (paper's Figure 3: 1 and 3)")
+
+    a = p.add_argument_group("SegInversion (Sec. 3.2)").add_argument
+    a("--r", default="random",
+      help="scale of Eq. 1: a number, avg, max (Tables 3 and 4), random for every image and class "
+      "(Sec. 3.2) or random-image for every image (Sec. 4.4)")
+    a("--num-fakes", type=int, help="per step, if not as many as real images (at most 1024)")
+    a("--fake-batch", type=int, default=16,
+      help="images inverted together; lower it if memory is short")
+    a("--fake-classes", type=int, default=3,
+      help="most foreground classes in one fake (Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
-    a("--tv", type=float, default=0.3, help="weight of the total variation; raise it if fakes are noisy")
-    a("--bn", type=float, default=10.0, help="weight of the BatchNorm statistics; raise it if fakes look like no image")
-    a("--spectrum", type=float, default=1.0, help="ours: 1 / f^SPECTRUM noise and gradients in SegInversion; "
-      "0: plain Adam from white noise")
-    a("--max-iters", type=int, help="smoke run: caps the iterations of every training step and inversion")
-    a("--compile", action="store_true", help="torch.compile for SegInversion: costs a minute or two at first")
-    a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
-    a("--workers", type=int, help="loader processes per rank; raise it if data_wait in the log is not near 0")
-    a("--seed", type=int, default=42, help="of everything random")
-    first = argparse.ArgumentParser(add_help=False)
+    a("--tv", type=float, default=0.355,
+      help="weight of the total variation; raise it if fakes are noisy (voc and ade: "
+      "DeepInversion's; ours, for folder: 0.3)")
+    a("--bn", type=float, default=1.16,
+      help="weight of the BatchNorm statistics; raise it if fakes look like no image (voc and ade: "
+      "DeepInversion's; ours, for folder: 10)")
+    a("--spectrum", type=float, default=0.0,
+      help="ours: 1 / f^SPECTRUM noise and gradients (for folder and shapes: 1); 0: plain Adam "
+      "from white noise")
+    return p
+
+
+AT_LEAST = {"batch_size": 1, "epochs": 1, "epochs0": 1, "fake_batch": 1, "fake_classes": 1,
+            "fake_steps": 1, "num_fakes": 1, "max_iters": 1, "crop": 16, "lam": 0, "tv": 0, "bn": 0,
+            "spectrum": 0, "workers": 0, "seed": 0, "lr": 1e-12, "lr0": 1e-12, "fake_lr": 1e-12}
+
+
+def parse(argv=None):
+    p, first = parser(), argparse.ArgumentParser(add_help=False)
     first.add_argument("--dataset", choices=list(DATASET_DEFAULTS), default="shapes")
     p.set_defaults(**DATASET_DEFAULTS[first.parse_known_args(argv)[0].dataset])
     args = p.parse_args(argv)
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
-    for least, names in ((1, "batch_size epochs epochs0 fake_batch fake_classes fake_steps num_fakes max_iters"),
-                         (16, "crop"), (0, "lam tv bn spectrum workers seed"), (1e-12, "lr lr0 fake_lr")):
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not least <= value < math.inf:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number, at least {least}")
+    for name, least in AT_LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number, "
+                             f"at least {least}")
+    if args.spectrum > 4:
+        raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
     parse_r(args.r)
     method = METHODS[args.method]
     args.lam = method.lam if args.lam is None else args.lam
-    args.init = args.init or method.init
     args.fake = args.fake or ("seginversion" if method.fakes else "none")
-    if args.keep_fakes and args.fake == "none":
-        raise InputError("--keep-fakes: there are no fakes to keep without SegInversion")
-    if args.retry_fakes and args.fake != "seginversion":
-        raise InputError("--retry-fakes: there is nothing to invert again without SegInversion")
-    if args.spectrum > 4:
-        raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
     args.epochs0 = args.epochs0 or args.epochs
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
+    args.workers = default_workers() if args.workers is None else args.workers
     method_name = "" if args.method == p.get_default("method") else f"-{args.method}"
     args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}{method_name}"
-    if args.workers is None:
-        args.workers = data.default_workers()
+    for step in (0, 1):
+        batch_parts(args, step)
     return args
+
+
+def off_default(args):
+    """The flags that make a run another method than its row: "" for a row of the tables."""
+    usual = parse(["--dataset", args.dataset, "--task", args.task, "--method", args.method])
+    names = ("lam fake real_fake void r num_fakes fake_batch fake_classes fake_steps fake_lr tv bn "
+             "spectrum").split()
+    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names
+                    if getattr(args, name) != getattr(usual, name))
 
 
 def batch_parts(args, step):
@@ -141,21 +173,23 @@ def batch_parts(args, step):
         real, fake = (int(part) for part in args.real_fake.split(":"))
         real = round(args.batch_size * real / (real + fake))
     except (ValueError, ZeroDivisionError):
-        raise InputError(f"--real-fake {args.real_fake}: expected two numbers, such as 1:1") from None
+        raise InputError(f"--real-fake {args.real_fake}: expected two numbers, such as 1:1"
+                         ) from None
     if not 1 <= real < args.batch_size:
         raise InputError(f"--real-fake {args.real_fake}: leaves no real or no fake image "
                          f"in a batch of {args.batch_size}")
     return real, args.batch_size - real
 
 
-def check_batch_size(args, world):
-    if args.batch_size % world or args.batch_size < 2 * world:
-        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {world} processes, with at least "
-                         "two images for each (BatchNorm after global pooling has one value per image)")
+def check_batch_size(args, processes):
+    if args.batch_size % processes or args.batch_size < 2 * processes:
+        raise InputError(f"--batch-size {args.batch_size}: must be a multiple of the {processes} "
+                         "processes, with at least two images for each (BatchNorm after global "
+                         "pooling has one value per image)")
 
 
 def step_length(args, step, num_images):
-    """Iterations of an epoch and of the whole step, and the number of fakes that SegInversion makes for it."""
+    """Iterations of an epoch and of the whole step, and the number of fakes made for it."""
     real, fake = batch_parts(args, step)
     per_epoch = max(1, num_images // real)
     iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
@@ -164,326 +198,300 @@ def step_length(args, step, num_images):
             math.ceil(fakes / args.fake_batch) * args.fake_batch)
 
 
-def setup():
-    """rank, world size, device, from torchrun's environment; a world of one runs the same code."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    if world > 1:                                           # ranks wait for each other's last batch of fakes
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
-    return rank, world, device
+# ------------------------------------------------------------------------------------ the task
+
+class Task(NamedTuple):
+    """A data set dealt into learning steps."""
+    train_set: object
+    test_set: object
+    train_labels: list          # class ids of every image
+    test_labels: list
+    groups: list                # class ids of the steps of A-B, in which scores are grouped
+    steps: list                 # class ids that each training step adds: the groups, or all (Joint)
+    images: list                # of each step: indices of its training images
+
+    def names(self, step):
+        """The classes known after a step, in the order of the network's channels."""
+        return [self.train_set.classes[c] for c in [0, *sum(self.steps[:step + 1], [])]]
 
 
-def from_rank_0(value, world):
-    """The value rank 0 has, on every rank."""
-    box = [value]
-    if world > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
+def open_task(args, world):
+    """The Task; what is wrong with the data is said here, before anything is trained."""
+    train_set, test_set = (data.load(args.dataset, args.data_root, s) for s in ("train", "val"))
+    groups = protocol.task_steps(args.task, len(train_set.classes) - 1)
+    labels = (train_set.labels(), test_set.labels()) if world.rank == 0 else None
+    train_labels, test_labels = world.from_rank_0(labels)
+    joint = METHODS[args.method].joint
+    images = protocol.training_indices(
+        train_labels, groups, args.setting, ade=args.dataset == "ade", split_dir=args.split_dir,
+        joint=joint)
+    empty = [step for step, indices in enumerate(images) if not indices]
+    if empty and (empty[0] == 0 or not args.max_iters):     # a smoke run may have few images
+        raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training "
+                         f"images in {args.data_root}")
+    return Task(train_set, test_set, train_labels, test_labels, groups,
+                [sum(groups, [])] if joint else groups, images)
 
 
-def claim(run, args, data_set):
-    """Make the run folder this command's, or refuse: mixing settings would go unnoticed in the results.
+# --------------------------------------------------------------------------- one learning step
 
-    Settings may change until something was trained. `data_set` (classes and the labels of all images)
-    stands in for --data-root, which may move.
-    """
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers", "compile")}
-    settings["data"] = hashlib.sha256(json.dumps(data_set).encode()).hexdigest()[:16]
-    path = run / "settings.json"
-    if [*run.glob("step-*.pth"), *run.glob("last.pth")] and path.exists():
-        there = data.read_json(path, {"dataset": str})
-        # a flag that came later than the run was off there
-        differing = [f"--{k.replace('_', '-')} is {there.get(k, False)} there and {settings[k]} here"
-                     for k in settings if k not in ("data", "data_root") and there.get(k, False) != settings[k]]
-        if there.get("data") != settings["data"]:
-            differing.append("its classes, images or labels have changed")
-        if differing:
-            raise InputError(f"{run} holds a run with other settings: {'; '.join(differing)}. {ANOTHER_FOLDER}")
-    run.mkdir(parents=True, exist_ok=True)
-    for litter in run.rglob(".*.tmp"):                      # of a process that was killed while it wrote
-        litter.unlink()
-    write_atomically(path, lambda p: p.write_text(json.dumps(settings, indent=1)))
-
-
-def training_indices(args, steps, groups, labels):
-    """The training images of every step; what is wrong with them is said before anything is trained."""
-    if args.split_dir:
-        indices = [data.read_split(args.split_dir, step, len(labels)) for step in range(len(groups))]
-        if len(steps) == 1:                                 # joint: all lists together
-            indices = [sorted(set().union(*indices))]
-    elif args.dataset == "ade" and args.setting == "disjoint":
-        indices = [data.partition_indices(labels, steps, step) for step in range(len(steps))]
+def learn(step, task, args, run, world, real_replay=False):
+    """Invert the old network (Sec. 3.2), then train a grown copy of it (Sec. 3.3)."""
+    method, images = METHODS[args.method], task.images[step]
+    shown = set().union(*(task.train_labels[i] for i in images))
+    if unseen := [task.train_set.classes[c] for c in task.steps[step] if c not in shown]:
+        run.log(step=step, warning=f"no training image shows {', '.join(unseen)}")
+    torch.manual_seed(derive_seed(args.seed, step, 1))      # of new weights
+    teacher, gathered, fakes = None, None, []
+    if step == 0:
+        with world.rank_0_first():                          # it downloads
+            student = DeepLabV3(args.backbone, [1 + len(task.steps[0])],
+                                None if args.pretrained == "none" else args.pretrained)
     else:
-        indices = [data.split_indices(labels, steps, step, args.setting) for step in range(len(steps))]
-    empty = [step for step, images in enumerate(indices) if not images]
-    if empty and (empty[0] == 0 or not args.max_iters):     # a smoke run may be on a handful of images
-        raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training images "
-                         f"in {args.data_root}")
-    return indices
+        teacher, about = load_model(run.checkpoint(step - 1), world.device)
+        teacher.requires_grad_(False)
+        gathered = about.get("gathered")
+        if method.own_step0 and about["method"] != args.method:
+            raise InputError(f"{run.checkpoint(step - 1)} was trained with --method "
+                             f"{about['method']}, and {args.method} needs what its own steps "
+                             f"gather; train that step with --method {args.method}")
+        fakes = old_images(teacher, step, task, args, run, world, real_replay)
+        student, _ = load_model(run.checkpoint(step - 1))
+        student.add_classes(len(task.steps[step]), method.init)
+    student.to(world.device)
+    objective = method(student, teacher, args.lam, gathered)
+    view = data.View(task.train_set, images,
+                     protocol.label_map(task.steps, step, "train", args.void),
+                     data.train_transform(args.crop), fakes)
+    if images:
+        train_step(student, objective, view, step, args, run, world)
+    if world.rank == 0:
+        save_model(student, run.checkpoint(step), step=step, crop=args.crop, method=args.method,
+                   classes=task.names(step), inversion=inversion(args), seconds=run.seconds,
+                   gathered=objective.state_dict())
+        run.last.unlink(missing_ok=True)
+    world.barrier()
 
 
-def share_step0(args, classes, checkpoint):
-    """Copy --step0 to a run's own step-0.pth, if it is a step 0 of this task and network."""
-    model, about = load_model(args.step0)
-    there, here = ((backbone, names, crop) for backbone, names, crop in (
-        (model.backbone, about["classes"], about["crop"]), (args.backbone, classes, args.crop)))
-    if there != here:
-        what = next(what for what, a, b in zip(("backbone", "classes", "crop"), there, here) if a != b)
-        raise InputError(f"--step0 {args.step0}: its {what} differs from this command's; "
-                         "train step 0 anew, without --step0")
-    write_atomically(checkpoint, lambda p: shutil.copyfile(args.step0, p))
+def inversion(args):
+    """The options of seginversion.invert."""
+    return {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
+            "tv": args.tv, "bn": args.bn, "spectrum": args.spectrum}
 
 
-def strict_json(value, digits=17):
-    """JSON with null for nan and inf, which JSON does not have, and floats of so many digits."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None,
-                                 parse_float=lambda text: float(f"{float(text):.{digits}g}")))
+def old_images(teacher, step, task, args, run, world, real_replay):
+    """Paths of the images that stand for the old classes in this step's mini-batches."""
+    *_, number = step_length(args, step, len(task.images[step]))
+    folder, seed = run.fakes(step), derive_seed(args.seed, step, 2)
+    if not number:
+        return []
+    if real_replay:
+        seen = sorted(set().union(*task.images[:step]))
+        return replay(task.train_set, seen, folder, number, size=args.crop, seed=seed, world=world)
+    options = inversion(args)
+    if args.fake == "noise":                                # where an inversion starts: Table 2
+        options |= {"steps": 0, "spectrum": 0.0}
+    with run.timed("seginversion"):
+        paths = synthesize(
+            teacher, folder, number, size=args.crop, batch_size=args.fake_batch, r=args.r,
+            seed=seed, most=args.fake_classes, world=world, **options,
+            report=lambda event: run.log(step=step, phase="seginversion", **event))
+        if world.rank == 0:
+            save_fakes(teacher, paths, folder.with_suffix(".png"))
+    return paths
 
 
-ANOTHER_FOLDER = ("Choose another --out (step-<t>.pth and step-<t>.json copied there are kept and built upon), "
-                  "or remove that folder")
+def distributed(student, world):
+    """The network as the ranks train it together; on the CPU BatchNorm stays each process's own."""
+    if world.size == 1:
+        return student
+    cuda = world.device.type == "cuda"
+    if cuda:                                                # SyncBatchNorm has no CPU form
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    return nn.parallel.DistributedDataParallel(
+        student, [world.device] if cuda else None, gradient_as_bucket_view=True)
 
 
-class Log:
-    """One JSON line an event, the same to screen and log.jsonl; rank 0 only."""
+def go_on(run, step, parts):
+    """Load an interrupted step's last whole epoch into `parts`; the iterations it had done."""
+    if not run.last.exists():
+        return 0
+    try:
+        state = torch.load(run.last, map_location="cpu", weights_only=True)
+    except UNREADABLE:
+        raise InputError(f"{run.last}: damaged; remove it, and step {step} starts over") from None
+    if state["step"] != step:
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    run.seconds.update(state["seconds"])
+    run.log(step=step, resumed_at=state["iteration"])
+    return state["iteration"]
 
-    def __init__(self, path, rank):
-        self.file = open(path, "a") if rank == 0 else None
 
-    def __call__(self, **event):
-        if self.file:
-            line = strict_json(event, digits=4)
-            print(line, flush=True)
-            print(line, file=self.file, flush=True)
+class Progress:
+    """Log lines with the means of the named terms since the last; here alone the loop waits for the
+    device, and a loss that is not finite ends the run."""
+
+    def __init__(self, run, step, start, iterations, batch_size, world):
+        self.run, self.step, self.start, self.iterations = run, step, start, iterations
+        self.batch_size, self.world = batch_size, world
+        self.window, self.waited = [], 0.0
+        self.began = self.since = self.idle = time.monotonic()
+
+    def batches(self, loader):
+        """The loader's batches; adds up how long the loop waits for them."""
+        for batch in loader:
+            self.waited += time.monotonic() - self.idle
+            yield batch
+            self.idle = time.monotonic()
+
+    def log(self, iteration, names, lr):
+        values = self.world.sum(torch.stack(self.window))   # (iterations since then, terms)
+        values = (values / self.world.size).cpu()
+        if not values.isfinite().all():
+            row = (~values.isfinite()).any(1).nonzero()[0].item()
+            raise FloatingPointError(
+                f"step {self.step}, iteration {iteration - len(values) + 1 + row} of "
+                f"{self.iterations}: a loss is not finite: "
+                f"{dict(zip(names, values[row].tolist()))}. "
+                f"Try a lower learning rate. {ANOTHER_FOLDER}")
+        now, means = time.monotonic(), dict(zip(names, values.mean(0).tolist()))
+        seconds, left = now - self.since, self.iterations - iteration
+        self.run.log(step=self.step, iteration=iteration, of=self.iterations,
+                     loss=sum(means.values()), **means, lr=lr, data_wait=self.waited / seconds,
+                     eta=(now - self.began) / (iteration - self.start) * left,
+                     **{"images/s": len(values) * self.batch_size / seconds})
+        self.window, self.waited, self.since = [], 0.0, now
 
 
-def train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds, rank, world, device):
-    """Train one step, from the last whole epoch on if there is one; `seconds` is kept up to date.
-
-    method:     (student, teacher, batch) -> loss, its named terms
-    importance: None, or what adds lam * importance.penalty(student) to it
-    """
-    real, fake = parts
+def train_step(student, objective, view, step, args, run, world):
+    """Train one step, from the last whole epoch on if there is one."""
+    device, (real, fake) = world.device, batch_parts(args, step)
     per_epoch, iterations, _ = step_length(args, step, len(view.indices))
     optimizer = torch.optim.SGD(student.parameters(), lr=args.lr0 if step == 0 else args.lr,
                                 momentum=0.9, nesterov=True, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, iterations, power=0.9)
-    with autocast(device, args.amp):                        # only float16 needs its gradients scaled
+    with autocast(device, args.amp):                    # only float16 needs its gradients scaled
         half = args.amp and torch.get_autocast_dtype(device.type) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-
-    last, start = run / "last.pth", 0
-    if last.exists():
-        try:
-            state = torch.load(last, map_location="cpu", weights_only=True)
-        except UNREADABLE:
-            raise InputError(f"{last}: damaged; remove it, and step {step} starts over") from None
-        if state["step"] == step:
-            student.load_state_dict(state["model"])
-            for name, part in (("optimizer", optimizer), ("scheduler", scheduler), ("scaler", scaler)):
-                part.load_state_dict(state[name])
-            if importance:
-                importance.load_state_dict(state["importance"])
-            start = state["iteration"]
-            seconds.update(state["seconds"])
-            log(step=step, resumed_at=start)
-
-    wrapped = student
-    if world > 1:
-        if device.type == "cuda":                           # SyncBatchNorm has no CPU form
-            wrapped = nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)
-        wrapped = nn.parallel.DistributedDataParallel(
-            wrapped, [device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    wrapped.train()
+    parts = {"model": student, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler,
+             "objective": objective}
+    start = go_on(run, step, parts)
+    before = run.seconds.get("training", 0.0)
+    wrapped = distributed(student, world).train()
     loader = DataLoader(
-        view, num_workers=args.workers, pin_memory=device.type == "cuda", batch_sampler=data.train_batches(
-            len(view.indices), len(view.fakes), real, fake, iterations, derive_seed(args.seed, step, 0),
-            start, rank, world))
-    window, waited, before = [], 0.0, seconds.get("training", 0.0)
-    began = since = arrived = time.monotonic()
-    for iteration, (images, labels) in enumerate(loader, start + 1):
-        waited += time.monotonic() - arrived
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        view, num_workers=args.workers, pin_memory=device.type == "cuda",
+        batch_sampler=data.train_batches(
+            len(view.indices), len(view.fakes), real, fake, iterations,
+            derive_seed(args.seed, step, 0), start, world.rank, world.size))
+    progress = Progress(run, step, start, iterations, args.batch_size, world)
+    for iteration, (images, labels) in enumerate(progress.batches(loader), start + 1):
+        images = images.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
         with autocast(device, args.amp):
-            loss, terms = method(wrapped, teacher, (images, labels))
+            loss, terms = objective.loss(wrapped, images, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        if importance:                                      # its update looks at the task's gradients alone
-            scaler.unscale_(optimizer)
-            importance.update(student)
-            if importance.omega:
-                penalty = args.lam * importance.penalty(student)
-                penalty.backward()
-                terms["penalty"] = penalty.detach()
+        scaler.unscale_(optimizer)
+        terms |= objective.after_backward(student)
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        window.append(torch.stack(list(terms.values())))
-
+        progress.window.append(torch.stack(list(terms.values())))
         epoch_ends = iteration % per_epoch == 0 or iteration == iterations
-        if iteration % 20 == 0 or epoch_ends:               # here alone the loop waits for the device
-            values = torch.stack(window)                    # (iterations since the last line, terms)
-            if world > 1:
-                dist.all_reduce(values)
-            values = (values / world).cpu()
-            if not values.isfinite().all():
-                row = (~values.isfinite()).any(1).nonzero()[0].item()
-                raise FloatingPointError(
-                    f"step {step}, iteration {iteration - len(window) + 1 + row} of {iterations}: a loss is not "
-                    f"finite: {dict(zip(terms, values[row].tolist()))}. Try a lower learning rate. {ANOTHER_FOLDER}")
-            now = time.monotonic()
-            means = dict(zip(terms, values.mean(0).tolist()))
-            log(step=step, iteration=iteration, of=iterations, loss=sum(means.values()), **means,
-                lr=scheduler.get_last_lr()[0], data_wait=waited / (now - since),
-                eta=(now - began) / (iteration - start) * (iterations - iteration),
-                **{"images/s": len(window) * args.batch_size / (now - since)})
-            window, waited, since = [], 0.0, now
-        seconds["training"] = before + time.monotonic() - began
-        if epoch_ends and rank == 0:
-            write_atomically(last, lambda p: torch.save({
-                "step": step, "iteration": iteration, "seconds": seconds,
-                "model": student.state_dict(), "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(), "scaler": scaler.state_dict(),
-                "importance": importance and importance.state_dict()}, p))
-        arrived = time.monotonic()
+        if iteration % 20 == 0 or epoch_ends:
+            progress.log(iteration, list(terms), scheduler.get_last_lr()[0])
+        run.seconds["training"] = before + time.monotonic() - progress.began
+        if epoch_ends and world.rank == 0:
+            state = {"step": step, "iteration": iteration, "seconds": run.seconds,
+                     **{name: part.state_dict() for name, part in parts.items()}}
+            write_atomically(run.last, lambda p: torch.save(state, p))
     if not all(bool(v.isfinite().all()) for v in student.state_dict().values()):
         raise FloatingPointError(f"step {step}: a weight is not finite after the last iteration. "
                                  f"Try a lower learning rate. {ANOTHER_FOLDER}")
 
 
-def main(argv=None):
-    args = parse(argv)
-    rank, world, device = setup()
-    check_batch_size(args, world)
-    run = Path(args.out)
-    train_set, test_set = (data.load(args.dataset, args.data_root, split) for split in ("train", "val"))
-    steps = groups = data.task_steps(args.task, len(train_set.classes) - 1)
-    if METHODS[args.method].offline:
-        steps = [sum(groups, [])]                           # trained in one step, scored in the task's groups
-    for step in range(len(steps)):
-        batch_parts(args, step)
-    train_labels, test_labels = from_rank_0(
-        (train_set.labels(), test_set.labels()) if rank == 0 else None, world)
-    if rank == 0:
-        claim(run, args, [list(train_set.classes), train_labels, test_labels])
-    indices = training_indices(args, steps, groups, train_labels)
-    log = Log(run / "log.jsonl", rank)
-    log(command=" ".join(sys.argv), processes=world, device=str(device), torch=torch.__version__)
-    inversion = {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
-                 "tv": args.tv, "bn": args.bn, "spectrum": args.spectrum}
-    method = partial(METHODS[args.method].loss, lam=args.lam)
+# ------------------------------------------------------------------------------------- the run
 
-    for step in range(len(steps)):
-        checkpoint, record = run / f"step-{step}.pth", run / f"step-{step}.json"
-        if record.exists():
-            continue
-        seconds, fakes = {}, []
-        if step == 0 and args.step0 and not checkpoint.exists():
-            if rank == 0:
-                share_step0(args, [train_set.classes[c] for c in [0, *steps[0]]], checkpoint)
-            from_rank_0(None, world)
-        if not checkpoint.exists():
-            images = indices[step]
-            if without := [c for c in steps[step] if not any(c in train_labels[i] for i in images)]:
-                log(step=step, warning="no training image shows " + ", ".join(train_set.classes[c] for c in without))
-            parts, (*_, number_of_fakes) = batch_parts(args, step), step_length(args, step, len(images))
-            torch.manual_seed(derive_seed(args.seed, step, 1))          # weight initialisation
-            if step == 0:
-                teacher = None
-                if world > 1 and rank:                      # rank 0 downloads, the others find it done
-                    dist.barrier()
-                student = DeepLabV3(args.backbone, [1 + len(steps[0])],
-                                    None if args.pretrained == "none" else args.pretrained)
-                if world > 1 and not rank:
-                    dist.barrier()
-            else:
-                teacher, about = load_model(run / f"step-{step - 1}.pth", device)
-                teacher.requires_grad_(False)
-                if number_of_fakes:
-                    earlier = []                            # labelled by the latest teacher, as its own
-                    for t in range(1, step) if args.keep_fakes else ():
-                        earlier += [path for path, _ in data.read_fakes(run / f"fakes-step-{t}")] if indices[t] else []
-                    began = time.monotonic()
-                    try:
-                        fakes = synthesize(
-                            teacher, run / f"fakes-step-{step}", number_of_fakes, size=args.crop,
-                            batch_size=args.fake_batch, r=args.r, most=args.fake_classes, retry=args.retry_fakes,
-                            seed=derive_seed(args.seed, step, 2), rank=rank, world=world, compile=args.compile,
-                            report=lambda event: log(step=step, phase="seginversion", **event),
-                            **{**inversion, **({"steps": 0, "spectrum": 0.0} if args.fake == "noise" else {})})
-                    except torch._dynamo.exc.TorchDynamoException as error:
-                        raise InputError(f"--compile: torch.compile failed ({' '.join(str(error).split())[:200]}); "
-                                         "go on without it") from None
-                    if rank == 0:
-                        save_fakes(teacher, fakes, run / f"fakes-step-{step}.png")
-                    seconds["seginversion"] = time.monotonic() - began
-                    fakes += earlier
-                student, _ = load_model(run / f"step-{step - 1}.pth")
-                student.add_classes(len(steps[step]), args.init)
-            student.to(device)
-            importance = METHODS[args.method].importance
-            if importance:
-                if teacher and about["method"] != args.method:
-                    raise InputError(f"{run}/step-{step - 1}.pth was trained with --method {about['method']}, which "
-                                     f"did not gather what {args.method} needs; train that step with --method "
-                                     f"{args.method}")
-                importance = importance(student, teacher, teacher and about["importance"])
-            view = data.View(train_set, images, data.label_map(steps, step, "train", args.void),
-                             data.train_transform(args.crop), fakes)
-            if images:
-                train_step(student, teacher, method, importance, view, parts, step, args, run, log, seconds,
-                           rank, world, device)
-            if rank == 0:
-                channels = [0] + [c for classes in steps[:step + 1] for c in classes]
-                save_model(student, checkpoint, step=step, crop=args.crop, inversion=inversion, seconds=seconds,
-                           method=args.method, importance=importance and importance.state_dict(),
-                           classes=[train_set.classes[c] for c in channels])
-                (run / "last.pth").unlink(missing_ok=True)
-            if world > 1:
-                dist.barrier()
-        began = time.monotonic()
-        model, about = load_model(checkpoint, device)       # every rank scores what is on the disk
-        view = test_view(test_set, test_labels, steps, step, args.crop, args.dataset)
-        confusion = evaluate(model, view, device, args.workers, rank, world, args.amp)
-        seconds = {**about["seconds"], "evaluation": time.monotonic() - began}
-        if rank == 0:
-            if step == len(steps) - 1:
-                save_predictions(model, view, run / "predictions.png", device)
-            write_atomically(record, lambda p: p.write_text(strict_json(
-                {"confusion": confusion.tolist(), "seconds": seconds})))
-            log(step=step, **summarize(confusion, groups)["background excluded"], seconds=seconds)
-
-    if rank == 0:
-        write_results(run, args, steps, groups, train_set.classes, world, device)
+def score(step, task, args, run, world):
+    """Test what is on the disk after a step; its record is written last."""
+    model, about = load_model(run.checkpoint(step), world.device)
+    run.seconds = about["seconds"]
+    view = test_view(task.test_set, task.test_labels, task.steps, step, args.crop, args.dataset)
+    with run.timed("evaluation"):
+        confusion = evaluate(model, view, world, args.workers, args.amp)
+    if world.rank == 0:
+        if step == len(task.steps) - 1:
+            save_predictions(model, view, run.folder / "predictions.png", world.device)
+        write_json(run.record(step), {"confusion": confusion.tolist(), "seconds": run.seconds})
+        run.log(step=step, **summarize(confusion, task.groups)["background excluded"],
+                seconds=run.seconds)
 
 
-def write_results(run, args, steps, groups, classes, world, device):
+def share_step0(args, names, checkpoint):
+    """Copy --step0 to a run's own step-0.pth, if it is a step 0 of this task and network."""
+    model, about = load_model(args.step0)
+    there = {"backbone": model.backbone, "classes": about["classes"], "crop": about["crop"]}
+    here = {"backbone": args.backbone, "classes": names, "crop": args.crop}
+    if differing := next((what for what in here if there[what] != here[what]), None):
+        raise InputError(f"--step0 {args.step0}: its {differing} differs from this command's; "
+                         "train step 0 anew, without --step0")
+    write_atomically(checkpoint, lambda p: shutil.copyfile(args.step0, p))
+
+
+def write_results(task, args, run, world):
     """results.json, and the table on the screen.
 
-    Its seconds are those of the whole training of a step, and of the last launch's part of a synthesis.
+    Its seconds are those of the whole training of a step, and of the last launch's part of a
+    synthesis.
     """
-    channels = ["background" if c == 0 else classes[c] for c in [0] + [c for part in steps for c in part]]
-    records = []
-    for step in range(len(steps)):
-        record = data.read_json(run / f"step-{step}.json", {"confusion": list, "seconds": dict})
+    records, last = [], len(task.steps) - 1
+    for step in range(len(task.steps)):
+        record = read_json(run.record(step), {"confusion": list, "seconds": dict})
         confusion = torch.tensor(record["confusion"])
-        records.append({"iou": dict(zip(channels, iou(confusion).tolist())), **summarize(confusion, groups), **record})
-    results = {"settings": vars(args), "processes": world, "device": str(device),
-               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
-                            "torchvision": torchvision.__version__},
-               "final": summarize(confusion, groups), "steps": records}
-    write_atomically(run / "results.json", lambda p: p.write_text(strict_json(results)))
-    print(f"\n{args.dataset} {args.task} {args.setting}, {args.method}, after step {len(steps) - 1} "
-          f"({run / 'results.json'}):")
-    print(table(results["final"], args.method, PAPER.get((args.dataset, args.task, args.setting), {}).get(args.method)))
+        per_class = dict(zip(["background", *task.names(last)[1:]], iou(confusion).tolist()))
+        records.append({"iou": per_class, **summarize(confusion, task.groups), **record})
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__,
+                "torchvision": torchvision.__version__}
+    final, path = summarize(confusion, task.groups), run.folder / "results.json"
+    write_json(path, {"settings": vars(args), "flags": off_default(args), "processes": world.size,
+                      "device": str(world.device), "versions": versions, "final": final,
+                      "steps": records})
+    print(f"\n{args.dataset} {args.task} {args.setting}, {args.method}, after step {last} "
+          f"({path}):\n{table(final, vars(args))}")
+
+
+def main(argv=None, real_replay=False):
+    """Run a whole task. real_replay: real old images for fakes, which is outside the protocol."""
+    args, world = parse(argv), setup()
+    check_batch_size(args, world.size)
+    task, run = open_task(args, world), Run(args.out, world)
+    if world.rank == 0:
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+        seen = json.dumps([list(task.train_set.classes), task.train_labels, task.test_labels])
+        run.claim({**settings, "real_replay": real_replay,
+                   "data": hashlib.sha256(seen.encode()).hexdigest()[:16]})
+    world.barrier()
+    run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
+            torch=torch.__version__)
+    for step in range(len(task.steps)):
+        if run.record(step).exists():
+            continue
+        run.seconds = {}
+        if step == 0 and args.step0 and not run.checkpoint(0).exists():
+            if world.rank == 0:
+                share_step0(args, task.names(0), run.checkpoint(0))
+            world.barrier()
+        if not run.checkpoint(step).exists():
+            learn(step, task, args, run, world, real_replay)
+        score(step, task, args, run, world)
+    if world.rank == 0:
+        write_results(task, args, run, world)
 
 
 if __name__ == "__main__":
-    with data.plain_errors("train.py"):
+    with plain_errors("train.py"):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,384 @@
+"""
+A folder of fakes: what SegInversion is asked for, and its images on the disk (paper, Sec. 3.2).
+
+    python fakes.py --checkpoint runs/voc-15-1-disjoint/step-0.pth --classes horse,person
+
+writes the paper's Figure 3: the same noise, inverted once for every --r (0.5, 5 and 10), with the
+network's own segmentation underneath. A folder of fakes holds
+
+    00000.png, ...      the images
+    manifest.jsonl      a line per image: file, classes (background first), r of each, the seed of
+                        its batch, and found: the share of pixels that the network gives to each
+                        class asked for, at its own stride
+    plan.json           the settings, and a digest of the network
+"""
+import argparse
+import hashlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torchvision.transforms import v2
+
+import data
+from data import normalised, read_image
+from model import load_model, upsample
+from run import (InputError, World, derive_seed, plain_errors, read_json, setup, write_atomically,
+                 write_json)
+from seginversion import invert
+
+R_CHOICES = (0.5, 1, 5, 10, 20)                         # Sec. 4.4, "random"
+FOUND = 0.01                                            # of an image's pixels; fewer are no object
+
+
+# ------------------------------------------------------------------ what is asked of each image
+
+def balanced_targets(num_images, num_classes, seed, most=3):
+    """Classes to show in each image: 1 to `most` distinct ids out of 1 .. num_classes, sorted.
+
+    Dealt from shuffled decks, so that over the whole set no class is asked for more than once more
+    often than another.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    deck, targets = [], []
+    for _ in range(num_images):
+        count = 1 + int(torch.randint(min(most, num_classes), (), generator=generator))
+        chosen = []
+        while len(chosen) < count:
+            if not deck:
+                deck = (1 + torch.randperm(num_classes, generator=generator)).tolist()
+            chosen.append(deck.pop(next(i for i, c in enumerate(deck) if c not in chosen)))
+        targets.append(sorted(chosen))
+    return targets
+
+
+def parse_r(text):
+    """--r: "avg" (0), "max" (inf), a number >= 0, or None for one that is drawn."""
+    named = {"random": None, "random-image": None, "avg": 0.0, "max": math.inf}
+    try:
+        r = named[text] if text in named else float(text)
+    except ValueError:
+        r = -1.0
+    if r is not None and not r >= 0:
+        raise InputError(f"--r {text}: expected random, random-image, avg, max or a number >= 0")
+    return r
+
+
+def draw_r(text, B, C, seed):
+    """Eq. 1's scales (B, C) as --r has them.
+
+    "random" draws one out of R_CHOICES for every image and class (Sec. 3.2), "random-image" one for
+    every image (Sec. 4.4 speaks of "each random input").
+    """
+    r = parse_r(text)
+    if r is not None:
+        return torch.full((B, C), r)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(R_CHOICES), (B, 1 if text == "random-image" else C),
+                          generator=generator)
+    return torch.tensor(R_CHOICES)[drawn.expand(-1, C)]
+
+
+def multi_hot(classes, C):
+    """Lists of ids -> (B, C), 1 for each id and for the background."""
+    targets = torch.zeros(len(classes), C)
+    for row, ids in enumerate(classes):
+        targets[row, [0, *ids]] = 1
+    return targets
+
+
+# ---------------------------------------------------------------------------- filling the folder
+
+def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", seed=0, most=3,
+               world=World(), report=None, **options):
+    """Fill a folder with num_images fakes of all the classes a model knows.
+
+    Batch b belongs to rank b % world.size and, for given settings, depends on (seed, b) alone.
+    Called again it goes on at the first missing batch; with other settings or another model it
+    refuses with InputError. A loss that is not finite is a FloatingPointError.
+
+    most:    most foreground classes in one image
+    report:  called as report(dict) with the progress of this rank
+    options: steps, lr, tv, l2, bn, spectrum of invert()
+    Returns the paths of the images, in order, on every rank.
+    """
+    folder, C = Path(folder), sum(model.classes_per_step)
+    claim(folder, world, {"num_images": num_images, "size": size, "batch_size": batch_size, "r": r,
+                          "seed": seed, "most": most, **options, "model": digest(model)})
+    manifest = folder / "manifest.jsonl"
+    paths = [folder / f"{i:05d}.png" for i in range(num_images)]
+    if manifest.exists():
+        return paths
+    asked = balanced_targets(num_images, C - 1, derive_seed(seed, 0), most)
+    part = lambda b: folder / f"batch-{b:05d}.jsonl"
+    batches = range(math.ceil(num_images / batch_size))
+    for b in batches[world.rank::world.size]:
+        if part(b).exists():
+            continue
+        began, batch_seed = time.monotonic(), derive_seed(seed, 1, b)
+        images = slice(b * batch_size, (b + 1) * batch_size)
+        scales = draw_r(r, len(asked[images]), C, batch_seed)
+        try:
+            terms, found = make_batch(model, paths[images], asked[images], scales,
+                                      size=size, seed=batch_seed, **options)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"synthesis of batch {b} in {folder}: {error}") from None
+        text = manifest_lines(paths[images], asked[images], scales, batch_seed, found)
+        write_atomically(part(b), lambda p: p.write_text(text))
+        if report:
+            seconds, left = time.monotonic() - began, len(batches[b + world.size::world.size])
+            report({"batch": b, "of": len(batches), **terms, "eta": seconds * left,
+                    "images/s": world.size * len(asked[images]) / seconds})
+    world.barrier()
+    if world.rank == 0:
+        text = "".join(part(b).read_text() for b in batches)
+        write_atomically(manifest, lambda p: p.write_text(text))
+        for b in batches:
+            part(b).unlink()
+    world.barrier()
+    return paths
+
+
+def claim(folder, world, plan):
+    """Make the folder this plan's, or refuse with InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, plan = folder / "plan.json", json.loads(json.dumps(plan))     # as a file gives it back
+    if path.exists():
+        there = read_json(path, {"seed": int})
+        differing = [k for k in plan.keys() | there.keys() if plan.get(k) != there.get(k)]
+        if differing:
+            raise InputError(f"{folder} holds fakes made with other settings "
+                             f"({', '.join(sorted(differing))}): remove it or choose another")
+    world.barrier()
+    if world.rank == 0:
+        write_json(path, plan)
+
+
+def digest(model):
+    sha = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        sha.update(tensor.cpu().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+def make_batch(model, paths, asked, scales, *, size, seed, **options):
+    """Invert a batch and write it; the last loss terms, and the share of each class (B, C)."""
+    terms = {}
+    x = invert(model, multi_hot(asked, scales.shape[1]), scales, size=size, seed=seed,
+               on_step=lambda _, named: terms.update(named), **options)
+    terms = {name: float(term) for name, term in terms.items()}
+    if not all(map(math.isfinite, terms.values())) or not bool(x.isfinite().all()):
+        raise FloatingPointError(f"a loss is not finite: {terms}")
+    pixels = data.denormalise(x).cpu()
+    for path, picture in zip(paths, pixels):
+        picture = v2.functional.to_pil_image(picture)
+        write_atomically(path, lambda p: picture.save(p, "PNG"))
+    return terms, class_shares(model, normalised(pixels).to(x.device))
+
+
+def manifest_lines(paths, asked, scales, seed, found):
+    lines = []
+    for row, path in enumerate(paths):
+        classes = [0, *asked[row]]
+        lines.append({"file": path.name, "classes": classes, "seed": seed,
+                      "r": [str(v) for v in scales[row, classes].tolist()],
+                      "found": found[row, classes].tolist()})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def replay(dataset, indices, folder, num_images, *, size, seed, world=World()):
+    """Outside the protocol: real images in the fakes' place, central crops, each equally often.
+
+    indices: the old images of the data set, which no step may keep. Returns the paths.
+    """
+    order = data.shuffled_passes(len(indices), seed)
+    crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+    paths = [Path(folder) / f"{i:05d}.png" for i in range(num_images)]
+    if world.rank == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            picture = crop(dataset.read(indices[next(order)])[0])
+            write_atomically(path, lambda p: picture.save(p, "PNG"))
+    world.barrier()
+    return paths
+
+
+# ------------------------------------------------------------- reading, judging and drawing them
+
+def read_fakes(folder):
+    """The path of every image of a finished set of fakes, and the old classes it was asked for."""
+    try:
+        lines = (folder / "manifest.jsonl").read_text().splitlines()
+        fakes = [(folder / fake["file"], fake["classes"][1:]) for fake in map(json.loads, lines)]
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        fakes = []
+    if not fakes or not all(path.exists() for path, _ in fakes):
+        raise InputError(f"{folder} holds no finished set of fakes (manifest.jsonl or an image is "
+                         "missing or damaged)")
+    return fakes
+
+
+def read_pixels(path):
+    return v2.functional.pil_to_tensor(read_image(path))    # (3, H, W) uint8
+
+
+@torch.inference_mode()
+def class_shares(model, x):
+    """The share of pixels that the model gives to each class, (B, C), of x (B, 3, H, W)."""
+    logits = model.eval()(x)
+    return F.one_hot(logits.argmax(1), logits.shape[1]).float().mean((1, 2)).cpu()
+
+
+@torch.inference_mode()
+def segment(model, x):
+    """The model's segmentation of x (B, 3, H, W), as a list of coloured pictures."""
+    return list(data.colour(upsample(model.eval()(x), x).argmax(1).cpu()))
+
+
+def save_fakes(model, paths, path, columns=8, rows=2):
+    """A grid of fakes, each with the model's own segmentation underneath."""
+    device = next(model.parameters()).device
+    shown = [read_pixels(p) for p in paths[:columns * rows]]
+    pictures = []
+    for i in range(0, len(shown), columns):
+        row = shown[i:i + columns]
+        blank = [torch.full_like(row[0], 255)] * (columns - len(row))
+        pictures += row + blank + segment(model, normalised(torch.stack(row)).to(device)) + blank
+    data.save_grid(pictures, columns, path)
+
+
+@torch.inference_mode()
+def judge_fakes(folder, teacher, dataset, judge=None):
+    """How good the fakes in a folder are: {name of an old class: a dict of numbers}.
+
+    folder:  of synthesize(); teacher: (model, its class names), the network that was inverted
+    dataset: the real training images, for the size of the objects
+    judge:   (model, class names) of a network that had no part in it, trained on real data
+    images   fakes that were asked to show the class
+    found    share of those in which the teacher gives it more than 1 % of the pixels (full size)
+    sure     the teacher's mean probability of the class on the pixels it gives it
+    size     share of pixels the class has where it was found, and in the real images that show it
+    judge    the same share as found, by the judge; and its IoU with the teacher's map over all
+             fakes asked (0 if neither finds it)
+    """
+    names, device, counts = teacher[1], next(teacher[0].parameters()).device, {}
+    for path, classes in read_fakes(folder):
+        x = normalised(read_pixels(path))[None].to(device)
+        p = upsample(teacher[0](x), x).softmax(1)[0]                            # (C_old, H, W)
+        theirs = upsample(judge[0](x), x).argmax(1)[0] if judge else None
+        for c in classes:
+            mine = p.argmax(0) == c
+            other = theirs == judge[1].index(names[c]) if judge else None
+            counts.setdefault(names[c], []).append(count_fake(p[c], mine, other))
+    labels, scores = dataset.labels(), {}
+    for name, rows in counts.items():
+        s = {key: sum(row[key] for row in rows) for key in rows[0]}
+        c, found = dataset.classes.index(name), max(1, s["found"])
+        real = [np.mean(np.array(dataset.read(i)[1]) == c)
+                for i in range(len(labels)) if c in labels[i]]
+        scores[name] = {"images": len(rows), "found": s["found"] / len(rows),
+                        "sure": s["sure"] / found, "size": s["size"] / found,
+                        "real size": float(np.mean(real)) if real else math.nan}
+        if judge:
+            scores[name] |= {"judge found": s["judge found"] / len(rows),
+                             "judge IoU": s["both"] / max(1, s["either"])}
+    return scores
+
+
+def count_fake(probability, mine, other):
+    """One class of one fake: probability (H, W), the teacher's map and, if any, the judge's."""
+    share = mine.float().mean().item()
+    counts = {"found": share > FOUND, "sure": 0, "size": 0}
+    if share > FOUND:
+        counts |= {"sure": probability[mine].mean().item(), "size": share}
+    if other is not None:
+        counts |= {"judge found": other.float().mean().item() > FOUND,
+                   "both": (mine & other).sum().item(), "either": (mine | other).sum().item()}
+    return counts
+
+
+# ------------------------------------------------------------------------------------- Figure 3
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Figure 3: the same noise inverted at several r.")
+    a = parser.add_argument
+    a("--checkpoint", required=True, help="step-<k>.pth of a run")
+    a("--classes", nargs="+", required=True,
+      help="names, with commas: horse,person (background is added). Several such sets: the images "
+           "take them in turn")
+    a("--r", default="0.5,5,10", help="one column of the picture each; also avg and max")
+    a("--out", default="figure3.png")
+    a("--images", type=int, default=16, help="inverted together; the first four are drawn")
+    a("--size", type=int, help="height and width; default: as in the checkpoint's run")
+    a("--steps", type=int, help="more for cleaner pictures; default of all these: the run's")
+    a("--lr", type=float, help="as --fake-lr of train.py")
+    for name in ("tv", "bn", "spectrum"):
+        a(f"--{name}", type=float, help="as in train.py")
+    a("--seed", type=int, default=0, help="another one for other noise")
+    return parser.parse_args(argv)
+
+
+def check(args, names):
+    """What is wrong with the flags, as InputError; the sets of class ids otherwise."""
+    asked = [group.split(",") for group in args.classes]
+    unknown = [c for group in asked for c in group if c not in names[1:]]
+    if unknown:
+        raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is "
+                         f"unknown to this checkpoint, which knows {', '.join(names[1:])}")
+    for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12),
+                        ("tv", 0), ("bn", 0), ("spectrum", 0), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2 ** 63:
+            raise InputError(f"--{name} {value}: must be a finite number, at least {least} and "
+                             "below 2**63")
+    if args.spectrum is not None and args.spectrum > 4:
+        raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
+    if args.images < len(asked):
+        raise InputError(f"--images {args.images}: fewer than the {len(asked)} sets of --classes")
+    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
+        raise InputError(f"--out {args.out}: name a picture in a folder that is there")
+    if drawn := next((text for text in args.r.split(",") if parse_r(text) is None), None):
+        raise InputError(f"--r {drawn}: name the scales to compare instead, such as 0.5,5,10")
+    return [[names.index(c) for c in group] for group in asked]
+
+
+def main(argv=None):
+    args = parse(argv)
+    model, about = load_model(args.checkpoint, setup().device)
+    names = about["classes"]
+    sets = check(args, names)
+    given = {name: getattr(args, name) for name in ("steps", "lr", "tv", "bn", "spectrum")}
+    options = {**about["inversion"], **{k: v for k, v in given.items() if v is not None}}
+    targets = multi_hot([sets[i % len(sets)] for i in range(args.images)], len(names))
+    columns, texts, of_r = [], args.r.split(","), {}
+    for text in texts:
+        x = invert(model, targets, parse_r(text), size=args.size or about["crop"], seed=args.seed,
+                   **options)
+        if not bool(x.isfinite().all()):
+            raise FloatingPointError(f"r = {text}: a pixel is not finite; try a lower --lr")
+        found = class_shares(model, x)
+        of_r[text] = {name: round(found[targets[:, c] > 0, c].mean().item(), 3)
+                      for c, name in enumerate(names) if targets[:, c].any()}
+        print(f"r = {text}: share of pixels, in the images that ask for the class", of_r[text])
+        pairs = zip(data.denormalise(x[:4]).cpu(), segment(model, x[:4]))
+        columns.append([picture for pair in pairs for picture in pair])
+    data.save_grid([picture for row in zip(*columns) for picture in row], len(columns), args.out)
+    grid = Image.open(args.out)
+    picture = Image.new("RGB", (grid.width, grid.height + 14), "white")
+    picture.paste(grid, (0, 14))
+    for i, text in enumerate(texts):
+        place = (4 + i * grid.width // len(texts), 1)
+        ImageDraw.Draw(picture).text(place, f"r = {text}", "black")
+    write_atomically(args.out, lambda p: picture.save(p, "PNG"))
+    print(f"wrote {args.out}")
+    return of_r
+
+
+if __name__ == "__main__":
+    with plain_errors("fakes.py"):
+        main()

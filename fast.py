@@ -1,0 +1,156 @@
+"""
+The same numbers, cheaper: losses in bands of rows, and BatchNorm that measures what it normalises.
+
+Both are engines around plain formulas, which stand in distill.py, methods.py and seginversion.py.
+
+1. A loss is a mean over the pixels of upsampled logits (B, C, H, W). At 24 x 151 x 512 x 512 one
+such tensor takes 3.8 GB, and a loss needs several. But the mean over a mini-batch is a weighted
+sum of the means over its parts, and all that the network needs back is the gradient at its own
+stride. So `in_bands` goes through it in bands of rows and takes each band's gradient at once:
+
+    l = sum_k  w_k * l(band_k)              w_k: the band's share of the pixels
+    dl/ds = sum_k  w_k * dl(band_k)/ds      s: logits (B, C, h, w) at the network's stride
+
+2. SegInversion needs mean and variance of every BatchNorm layer's input, and a gradient through
+them. `MeasuredBatchNorm2d` takes both from one kernel and folds their gradient into its own.
+"""
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ------------------------------------------------------------------------- 1. losses in bands
+
+# Upsampled logits of a band (several small images, some rows of a large one), 4 bytes each: few
+# enough for a CPU's cache, enough to keep a GPU busy.
+ELEMENTS = {"cpu": 2 ** 20, "cuda": 2 ** 24}
+
+
+def upsample_rows(logits, rows, H, W):
+    """The rows `rows` (a slice) of logits (B, C, h, w) upsampled to (H, W), bilinearly, in float32.
+
+    A matrix of bilinear weights down, interpolate across.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    one_hot = torch.eye(logits.shape[2], dtype=logits.dtype, device=logits.device)
+    weights = F.interpolate(one_hot[None], H, mode="linear", align_corners=False)[0].T[rows]
+    return F.interpolate(weights @ logits,                      # (rows, h) @ (B, C, h, w)
+                         (len(weights), W), mode="bilinear", align_corners=False)
+
+
+def float32(device):
+    """No autocast inside: a matrix product in half precision would cost the gradient."""
+    known = torch.amp.is_autocast_available(device.type)        # not for "meta"
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+class WithGradient(torch.autograd.Function):
+    """A scalar `value` of x whose gradient to x is known already."""
+
+    @staticmethod
+    def forward(ctx, x, value, gradient):
+        ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_value):
+        gradient, = ctx.saved_tensors
+        return (d_value * gradient).to(ctx.dtype), None, None
+
+
+def bands(B, C, H, W, elements):
+    """Slices of images, and the slices of rows of each, whose logits are at most `elements`."""
+    many, tall = max(1, elements // (C * H * W)), max(1, min(H, elements // (C * W)))
+    rows = [slice(top, top + tall) for top in range(0, H, tall)]
+    return [(slice(first, first + many), rows) for first in range(0, B, many)]
+
+
+def in_bands(loss, logits, teacher_logits, labels, of_labelled=()):
+    """`loss` of the upsampled logits: its value, its gradient to `logits`, and its terms.
+
+    loss:           (logits (B, C_t, H, W), teacher_logits (B, C_old, H, W) or None,
+                    labels (B, H, W)) -> named terms, each a mean over images and pixels
+    logits:         (B, C_t, h, w) at the student's stride
+    teacher_logits: (B, C_old, h, w) or None, treated as constant
+    labels:         (B, H, W) ids
+    of_labelled:    names of the terms that are means over the pixels that are not 255
+    Returns (l, terms): the scalar l, their sum, to call backward() on, and the terms, detached.
+    """
+    (B, C), (H, W), device = logits.shape[:2], labels.shape[-2:], logits.device
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    all_labelled = (labels != 255).sum().clamp(min=1)
+    terms, gradients = {}, []
+    for images, rows_of_all in bands(B, C, H, W, ELEMENTS.get(device.type, ELEMENTS["cuda"])):
+        # float32 all the way: a float16 gradient would underflow, as the scaler's factor comes
+        # only in backward()
+        s = logits[images].detach()
+        s = s.to(torch.promote_types(s.dtype, torch.float32)).requires_grad_(wanted)
+        t = None if teacher_logits is None else teacher_logits[images]
+        gradients.append(torch.zeros_like(s))
+        for rows in rows_of_all:
+            y = labels[images, rows]
+            share, labelled = y.numel() / labels.numel(), (y != 255).sum() / all_labelled
+            with float32(device):
+                band = loss(upsample_rows(s, rows, H, W),
+                            None if t is None else upsample_rows(t, rows, H, W), y)
+                band = {name: (labelled if name in of_labelled else share) * term
+                        for name, term in band.items()}
+                if wanted:
+                    gradients[-1] += torch.autograd.grad(sum(band.values()), s)[0]
+            terms = {name: terms.get(name, 0) + term.detach() for name, term in band.items()}
+    l = sum(terms.values())
+    return (WithGradient.apply(logits, l, torch.cat(gradients)) if wanted else l), terms
+
+
+# --------------------------------------------------------- 2. BatchNorm that measures its input
+
+class MeasureAndNormalise(torch.autograd.Function):
+    """BatchNorm2d in evaluation mode, and how far the batch is from what the layer remembers.
+
+        y = s * (x - running_mean) + bias,      s = weight / sqrt(running_var + eps)
+        d = || m - running_mean ||_2 + || v - running_var ||_2
+
+    m, v: mean and biased variance of x (B, C, H, W) over its n = B H W values a channel. The
+    gradients of y and d come together, affine in x. Only x gets one; 0 for a norm that is 0.
+
+        dx = s * dy + a * x + b
+        a = dd * 2/n * (v - running_var) / || v - running_var ||
+        b = dd * 1/n * (m - running_mean) / || m - running_mean || - a * m
+
+    Returns y (B, C, H, W) and d, a scalar.
+    """
+
+    @staticmethod
+    def forward(ctx, x, running_mean, running_var, weight, bias, eps):
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        if x.device.type in ("cpu", "cuda"):                    # BatchNorm's own kernel
+            m, v = torch.batch_norm_update_stats(x32, None, None, 0.0)
+        else:
+            v, m = torch.var_mean(x32, dim=(0, 2, 3), correction=0)
+        far_m, far_v = m - running_mean, v - running_var
+        norm_m, norm_v = far_m.norm(), far_v.norm()
+        s = (running_var + eps).rsqrt() * weight
+        ctx.save_for_backward(x, m, far_m, far_v, norm_m, norm_v, s)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps), norm_m + norm_v
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, dd):
+        x, m, far_m, far_v, norm_m, norm_v, s = ctx.saved_tensors
+        dd = dd * (x.shape[1] / x.numel())                      # dd / n
+        a = 2 * dd / norm_v.clamp(min=1e-30) * far_v
+        b = dd / norm_m.clamp(min=1e-30) * far_m - a * m
+        a, b, s = (c.view(1, -1, 1, 1) for c in (a, b, s))
+        return torch.addcmul(b, x, a).addcmul_(dy, s), None, None, None, None, None
+
+
+class MeasuredBatchNorm2d(nn.BatchNorm2d):
+    """A BatchNorm2d in evaluation mode that keeps the distance of its latest input's statistics."""
+
+    def forward(self, x):
+        y, self.distance = MeasureAndNormalise.apply(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return y
