@@ -307,39 +307,28 @@ def count_fake(probability, mine, other):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Figure 3: the same noise inverted at several r.")
     a = parser.add_argument
-    a("--checkpoint", required=True, help="step-<k>.pth of a run")
+    a("--checkpoint", required=True, help="step-<k>.pth of a run, whose settings are used")
     a("--classes", nargs="+", required=True,
       help="names, with commas: horse,person (background is added). Several such sets: the images "
            "take them in turn")
     a("--r", default="0.5,5,10", help="one column of the picture each; also avg and max")
-    a("--out", default="figure3.png")
     a("--images", type=int, default=16, help="inverted together; the first four are drawn")
-    a("--size", type=int, help="height and width; default: as in the checkpoint's run")
-    a("--steps", type=int, help="more for cleaner pictures; default of all these: the run's")
-    a("--lr", type=float, help="as --fake-lr of train.py")
-    for name in ("tv", "bn", "spectrum"):
-        a(f"--{name}", type=float, help="as in train.py")
     a("--seed", type=int, default=0, help="another one for other noise")
+    a("--out", default="figure3.png")
     return parser.parse_args(argv)
 
 
 def check(args, names):
-    """What is wrong with the flags, as InputError; the sets of class ids otherwise."""
+    """The sets of class ids asked for; what is wrong with the flags, as InputError."""
     asked = [group.split(",") for group in args.classes]
     unknown = [c for group in asked for c in group if c not in names[1:]]
     if unknown:
         raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is "
                          f"unknown to this checkpoint, which knows {', '.join(names[1:])}")
-    for name, least in (("images", 1), ("size", 1), ("steps", 1), ("lr", 1e-12),
-                        ("tv", 0), ("bn", 0), ("spectrum", 0), ("seed", 0)):
-        value = getattr(args, name)
-        if value is not None and not least <= value < 2 ** 63:
-            raise InputError(f"--{name} {value}: must be a finite number, at least {least} and "
-                             "below 2**63")
-    if args.spectrum is not None and args.spectrum > 4:
-        raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
     if args.images < len(asked):
         raise InputError(f"--images {args.images}: fewer than the {len(asked)} sets of --classes")
+    if not 0 <= args.seed < 2 ** 63:
+        raise InputError(f"--seed {args.seed}: must be at least 0 and below 2**63")
     if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: name a picture in a folder that is there")
     if drawn := next((text for text in args.r.split(",") if parse_r(text) is None), None):
@@ -352,15 +341,13 @@ def main(argv=None):
     model, about = load_model(args.checkpoint, setup().device)
     names = about["classes"]
     sets = check(args, names)
-    given = {name: getattr(args, name) for name in ("steps", "lr", "tv", "bn", "spectrum")}
-    options = {**about["inversion"], **{k: v for k, v in given.items() if v is not None}}
     targets = multi_hot([sets[i % len(sets)] for i in range(args.images)], len(names))
     columns, texts, of_r = [], args.r.split(","), {}
     for text in texts:
-        x = invert(model, targets, parse_r(text), size=args.size or about["crop"], seed=args.seed,
-                   **options)
+        x = invert(model, targets, parse_r(text), size=about["crop"], seed=args.seed,
+                   **about["inversion"])
         if not bool(x.isfinite().all()):
-            raise FloatingPointError(f"r = {text}: a pixel is not finite; try a lower --lr")
+            raise FloatingPointError(f"r = {text}: a pixel is not finite; use another checkpoint")
         found = class_shares(model, x)
         of_r[text] = {name: round(found[targets[:, c] > 0, c].mean().item(), 3)
                       for c, name in enumerate(names) if targets[:, c].any()}

@@ -62,10 +62,10 @@ class WithGradient(torch.autograd.Function):
 
 
 def bands(B, C, H, W, elements):
-    """Slices of images, and the slices of rows of each, whose logits are at most `elements`."""
+    """Pairs of slices, of images and of their rows, whose logits are at most `elements` numbers."""
     many, tall = max(1, elements // (C * H * W)), max(1, min(H, elements // (C * W)))
-    rows = [slice(top, top + tall) for top in range(0, H, tall)]
-    return [(slice(first, first + many), rows) for first in range(0, B, many)]
+    return [(slice(first, first + many), slice(top, top + tall))
+            for first in range(0, B, many) for top in range(0, H, tall)]
 
 
 def in_bands(loss, logits, teacher_logits, labels, of_labelled=()):
@@ -81,28 +81,24 @@ def in_bands(loss, logits, teacher_logits, labels, of_labelled=()):
     """
     (B, C), (H, W), device = logits.shape[:2], labels.shape[-2:], logits.device
     wanted = torch.is_grad_enabled() and logits.requires_grad
+    # float32 all the way: a float16 gradient would underflow, as the scaler's factor comes only
+    # in backward()
+    exact = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    gradient, terms = torch.zeros_like(exact), {}
     all_labelled = (labels != 255).sum().clamp(min=1)
-    terms, gradients = {}, []
-    for images, rows_of_all in bands(B, C, H, W, ELEMENTS.get(device.type, ELEMENTS["cuda"])):
-        # float32 all the way: a float16 gradient would underflow, as the scaler's factor comes
-        # only in backward()
-        s = logits[images].detach()
-        s = s.to(torch.promote_types(s.dtype, torch.float32)).requires_grad_(wanted)
-        t = None if teacher_logits is None else teacher_logits[images]
-        gradients.append(torch.zeros_like(s))
-        for rows in rows_of_all:
-            y = labels[images, rows]
-            share, labelled = y.numel() / labels.numel(), (y != 255).sum() / all_labelled
-            with float32(device):
-                band = loss(upsample_rows(s, rows, H, W),
-                            None if t is None else upsample_rows(t, rows, H, W), y)
-                band = {name: (labelled if name in of_labelled else share) * term
-                        for name, term in band.items()}
-                if wanted:
-                    gradients[-1] += torch.autograd.grad(sum(band.values()), s)[0]
-            terms = {name: terms.get(name, 0) + term.detach() for name, term in band.items()}
+    for images, rows in bands(B, C, H, W, ELEMENTS.get(device.type, ELEMENTS["cuda"])):
+        s, y, t = exact[images].requires_grad_(wanted), labels[images, rows], None
+        share, labelled = y.numel() / labels.numel(), (y != 255).sum() / all_labelled
+        with float32(device):
+            if teacher_logits is not None:
+                t = upsample_rows(teacher_logits[images], rows, H, W)
+            band = {name: (labelled if name in of_labelled else share) * term
+                    for name, term in loss(upsample_rows(s, rows, H, W), t, y).items()}
+            if wanted:
+                gradient[images] += torch.autograd.grad(sum(band.values()), s)[0]
+        terms = {name: terms.get(name, 0) + term.detach() for name, term in band.items()}
     l = sum(terms.values())
-    return (WithGradient.apply(logits, l, torch.cat(gradients)) if wanted else l), terms
+    return (WithGradient.apply(logits, l, gradient) if wanted else l), terms
 
 
 # --------------------------------------------------------- 2. BatchNorm that measures its input

@@ -139,7 +139,7 @@ def frozen(model):
             parameter.requires_grad_(flag)
 
 
-def shares(targets):
+def normalise_targets(targets):
     """(B, C) classes to show -> (B, C) float32 that sum to one per image."""
     if targets.dim() != 2 or not bool((targets.sum(1) > 0).all()):
         raise ValueError("targets must be (B, C) with at least one class per image, "
@@ -168,7 +168,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0,
     Raises ValueError for targets of the wrong shape, or an image without a target.
     """
     H, W = (size, size) if isinstance(size, int) else size
-    device, targets = next(model.parameters()).device, shares(targets)
+    device, targets = next(model.parameters()).device, normalise_targets(targets)
     generator = torch.Generator().manual_seed(seed)
     x = noise(len(targets), H, W, spectrum, generator).to(device).requires_grad_()
     low, high = (torch.tensor([(v - m) / s for m, s in zip(MEAN, STD)], device=device).view(3, 1, 1)

@@ -63,9 +63,9 @@ def parser():
     a("--dataset", choices=list(DATASET_DEFAULTS), default="shapes",
       help="folder: your own images in VOC's layout")
     a("--data-root", default="data", help="where the data set is")
-    a("--task", help="A-B: A classes first, then B a step")
+    a("--task", help="A-B: A classes first, then B a step; or offline: all classes in one")
     a("--setting", choices=["disjoint", "overlapped"], default="disjoint",
-      help="overlapped lets images of later classes into earlier steps (Table 1 has both)")
+      help="overlapped: earlier steps see images of later classes, too (Table 1 has both)")
     a("--split-dir", help="folder of MiB's train-<step>.npy lists, to compare with its ADE numbers")
     a("--void", choices=["background", "ignore"], default="background",
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
@@ -75,11 +75,9 @@ def parser():
     a("--step0", metavar="CHECKPOINT",
       help="another run's step-0.pth to build upon: methods and ablations share it")
     a("--seed", type=int, default=42, help="of everything random")
-    a("--workers", type=int,
-      help="loader processes per rank; raise it if data_wait in the log is not near 0")
+    a("--workers", type=int, help="loader processes per rank; more if the log's data_wait is not 0")
     a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
-    a("--max-iters", type=int,
-      help="smoke run: caps the iterations of every training step and inversion")
+    a("--max-iters", type=int, help="smoke run: caps the iterations of each step and inversion")
 
     a = p.add_argument_group("network and training (Sec. 4.2)").add_argument
     a("--backbone", choices=list(BACKBONES), default="resnet101", help="smaller: fewer or no GPUs")
@@ -105,21 +103,16 @@ def parser():
       help="scale of Eq. 1: a number, avg, max (Tables 3 and 4), random for every image and class "
       "(Sec. 3.2) or random-image for every image (Sec. 4.4)")
     a("--num-fakes", type=int, help="per step, if not as many as real images (at most 1024)")
-    a("--fake-batch", type=int, default=16,
-      help="images inverted together; lower it if memory is short")
-    a("--fake-classes", type=int, default=3,
-      help="most foreground classes in one fake (Figure 3: 1 and 3)")
+    a("--fake-batch", type=int, default=16, help="inverted together; lower it if memory is short")
+    a("--fake-classes", type=int, default=3, help="at most, in one fake (Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
-    a("--tv", type=float, default=0.355,
-      help="weight of the total variation; raise it if fakes are noisy (voc and ade: "
-      "DeepInversion's; ours, for folder: 0.3)")
-    a("--bn", type=float, default=1.16,
-      help="weight of the BatchNorm statistics; raise it if fakes look like no image (voc and ade: "
-      "DeepInversion's; ours, for folder: 10)")
-    a("--spectrum", type=float, default=0.0,
-      help="ours: 1 / f^SPECTRUM noise and gradients (for folder and shapes: 1); 0: plain Adam "
-      "from white noise")
+    a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes "
+      "are noisy. DeepInversion's for voc and ade; ours for folder: 0.3")
+    a("--bn", type=float, default=1.16, help="weight of the BatchNorm statistics; raise it if "
+      "fakes look like no image. DeepInversion's for voc and ade; ours for folder: 10")
+    a("--spectrum", type=float, default=0.0, help="0, for voc and ade: plain Adam from white "
+      "noise. Ours, for folder and shapes: 1, 1/f noise and gradients")
     return p
 
 
