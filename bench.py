@@ -26,7 +26,6 @@ import time
 import weakref
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -48,7 +47,7 @@ from fakes import multi_hot, synthesize
 from fast import in_bands
 from methods import METHODS
 from model import DeepLabV3, upsample
-from run import InputError, Run, World, plain_errors
+from run import InputError, World, plain_errors
 from seginversion import invert
 
 REPEATS = 5
@@ -222,16 +221,15 @@ def networks(backbone, classes, device):
         return DeepLabV3(backbone, classes), old and old.eval().requires_grad_(False)
 
 
-def training_iteration(objective, student, B, size, device):
-    """An iteration on random images, as a call; what it keeps."""
+def training_iteration(loss, student, B, size, device):
+    """An iteration on random images, as a call; what it keeps. loss: an Objective's"""
     images = torch.randn(B, 3, size, size, device=device)
     labels = torch.zeros(B, size, size, dtype=torch.uint8, device=device)
-    labels[:, :size // 3] = sum(student.classes_per_step) - 1
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-3, momentum=0.9, nesterov=True,
                                 weight_decay=1e-4)
 
     def iteration():
-        objective.loss(student, images, labels)[0].backward()
+        loss(student, images, labels)[0].backward()
         optimizer.step()
         optimizer.zero_grad()
     return iteration, [images, labels, optimizer.state]
@@ -242,14 +240,14 @@ def training(backbone="resnet101", B=2, size=512):
     torch.manual_seed(0)
     student, teacher = networks(backbone, [16, 1], DEVICE)
 
-    def forward_passes(student, images, labels):
+    def bare(student, images, labels):
         with torch.inference_mode():
             teacher(images)
         return student(images).sum(), {}
-    t = alternate({name: training_iteration(objective, student, B, size, DEVICE)[0]
-                   for name, objective in (("ours", METHODS["hrhf"](student, teacher, lam=1.0)),
-                                           ("bare", SimpleNamespace(loss=forward_passes)))})
-    yield row("HRHF's step / (bare student step + bare teacher forward)", t["ours"], t["bare"],
+    ours = METHODS["hrhf"](student, teacher, lam=1.0).loss
+    t = alternate({loss: training_iteration(loss, student, B, size, DEVICE)[0]
+                   for loss in (bare, ours)})
+    yield row("HRHF's step / (bare student step + bare teacher forward)", t[ours], t[bare],
               "<= 1.10")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         make_folder(Path(folder), 200)
@@ -290,21 +288,15 @@ def rank_main(process, size, folder, ready, queue):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=world.rank,
                             world_size=size)
     student, teacher = networks("mobilenet_v2", [20, 1], "cpu")
-    objective, dataset = METHODS["hrhf"](student, teacher, lam=1.0), data.Shapes("val")
-    view = data.View(dataset, range(len(dataset)),
-                     protocol.label_map([[*range(1, 20)], [20]], 1, "train"),
-                     data.train_transform(256))
+    iteration, _ = training_iteration(METHODS["hrhf"](student, teacher, lam=1.0).loss,
+                                      train.distributed(student, world), 16 // size, 256, "cpu")
     for images, steps, iterations in ((16, 1, 1), (64, 8, 6)):      # the first to warm up
-        run = Run(folder / str(images), world)
-        run.log = lambda **event: None
         ready.wait()
-        inversion = seconds_of(lambda: synthesize(
-            teacher, run.folder, images, size=96, batch_size=8, steps=steps, world=world))
-        args = train.parse(f"--crop 256 --batch-size 16 --max-iters {iterations} --fake none "
-                           "--workers 0 --no-amp".split())
+        inversion = seconds_of(lambda: synthesize(teacher, folder / str(images), images, size=96,
+                                                  batch_size=8, steps=steps, world=world))
         ready.wait()
-        train.train_step(student, objective, view, 1, args, run, world)
-    queue.put((inversion, run.seconds["training"]))
+        training = seconds_of(lambda: [iteration() for _ in range(iterations)])
+    queue.put((inversion, training))
     dist.destroy_process_group()
 
 
@@ -354,17 +346,16 @@ def images_of_steps(args):
         for split in ("train", "val"):
             data.load(args.dataset, args.data_root, split)
     except InputError:                                      # not there; recorded for voc and ade
-        recorded = Path(__file__).parent / "results/image-counts.json"
-        known = json.loads(recorded.read_text()).get(args.dataset, {})
+        source = "results/image-counts.json"
+        known = json.loads((Path(__file__).parent / source).read_text()).get(args.dataset, {})
         task = "offline" if METHODS[args.method].joint else args.task
         counts = known.get(f"{task} {args.setting}")
         if counts is None or args.split_dir:
             raise
-        return (protocol.task_steps(task, known["classes"]), counts, known["test"],
-                "as recorded in results/image-counts.json")
+        steps = protocol.task_steps(task, known["classes"])
+        return steps, counts, known["test"], f"as recorded in {source}"
     task = train.open_task(args, World())
-    return (task.steps, [len(images) for images in task.images], len(task.test_set),
-            f"counted in {args.data_root}")
+    return task.steps, [*map(len, task.images)], len(task.test_set), f"counted in {args.data_root}"
 
 
 def cost(work):
@@ -395,9 +386,8 @@ def phases(args, classes, count, test_images, gpus):
         targets = multi_hot([[]] * args.fake_batch, sum(classes[:-1]))
         yield ("SegInversion", fakes, fakes // args.fake_batch, options["steps"],
                partial(invert, teacher, targets, 1.0, **options | {"steps": 1}), weights[1])
-    objective = METHODS[args.method](student, teacher, args.lam)
-    iteration, kept = training_iteration(objective, student, args.batch_size // gpus, args.crop,
-                                         "meta")
+    loss, local = METHODS[args.method](student, teacher, args.lam).loss, args.batch_size // gpus
+    iteration, kept = training_iteration(loss, student, local, args.crop, "meta")
     yield "training", count, gpus, iterations, iteration, [weights, kept]
     B = inspect.signature(evaluate).parameters["batch_size"].default
     x = torch.empty(B, 3, args.crop, args.crop, device="meta")
@@ -453,16 +443,16 @@ def commit():
 def machine():
     """What the numbers were measured on."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = (torch.cuda.get_device_name() if DEVICE == "cuda" else
-            cpu[1] if cpu else platform.machine())
+    name = cpu[1] if cpu else platform.machine()
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else name
     return (f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads unless said "
             f"otherwise; torch {torch.__version__}, Python {platform.python_version()}; commit "
             f"{commit()}; {REPEATS} repeats, A B A B")
 
 
 def measure(sections):
-    yield machine()
-    yield "\n| A / B: seconds, or what the row says | median | lowest to highest | aim |"
+    yield f"{machine()}\n"
+    yield "| A / B: seconds, or what the row says | median | lowest to highest | aim |"
     yield "|---|---|---|---|"
     for section in sections:
         yield from SECTIONS[section]()
