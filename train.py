@@ -116,7 +116,7 @@ def parser():
     return p
 
 
-AT_LEAST = {"batch_size": 1, "epochs": 1, "epochs0": 1, "fake_batch": 1, "fake_classes": 1,
+AT_LEAST = {"batch_size": 2, "epochs": 1, "epochs0": 1, "fake_batch": 1, "fake_classes": 1,
             "fake_steps": 1, "num_fakes": 1, "max_iters": 1, "crop": 16, "lam": 0, "tv": 0, "bn": 0,
             "spectrum": 0, "workers": 0, "seed": 0, "lr": 1e-12, "lr0": 1e-12, "fake_lr": 1e-12}
 
