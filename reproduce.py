@@ -1,9 +1,9 @@
 """
 The paper's tables at a size that two CPU cores can run: every run, and the tables made of them.
 
-    python reproduce.py --list                      # every run and its command
+    python reproduce.py --list                      # every run and a command for it
     python reproduce.py --voc6 data/voc6            # all that have no record yet, then the tables
-    python reproduce.py --only 4-1/hrhf/1           # some of them; figure3, figure4
+    python reproduce.py --only 4-1/hrhf/1           # some of them; or figure3, or figure4
     python reproduce.py --make-voc6 data            # voc6 out of VOC 2012 in data/VOCdevkit
 
 A run is a command of train.py. Its record is a line of results/study.jsonl, and a run that has one
@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import shlex
 import shutil
 import statistics
 import time
@@ -187,29 +188,44 @@ def add_record(path, record):
         file.write(json.dumps(record) + "\n")
 
 
+def flags_of(run, place):
+    """train.py's flags for a run: its own, and where its data, weights and folder are."""
+    flags = [*run.argv, "--data-root", str(place.roots[run.dataset]),
+             "--out", str(place.runs / run.name)]
+    return flags if run.dataset == "shapes" else [*flags, "--pretrained", place.weights]
+
+
+def shell_command(run, place):
+    """What does a run in a shell, without reproduce.py."""
+    flags = flags_of(run, place)
+    if REPLAY in run.flags:
+        code = f"import train; train.main({json.dumps(flags)}, {REPLAY}=True)"
+        return shlex.join(["python", "-c", code])
+    return shlex.join(["python", "train.py", *flags])
+
+
 def train_run(run, place):
     """Run train.py in the run's folder, from the shared step 0 if there is one; its folder."""
     folder, args = place.runs / run.name, train.parse(run.argv)
     shared = place.runs / run.dataset / f"step0-{run.task}-{run.setting}-{run.seed}.pth"
     shares = not (METHODS[args.method].own_step0 or METHODS[args.method].joint)
-    flags = [*run.argv, "--data-root", str(place.roots[run.dataset]), "--out", str(folder)]
-    if run.dataset != "shapes":
-        flags += ["--pretrained", place.weights]
     begun = folder / "settings.json"                    # it goes on as it began
     step0 = read_json(begun, {"dataset": str})["step0"] if begun.exists() else \
         str(shared) if shares and shared.exists() else None
-    train.main(flags + (["--step0", step0] if step0 else []), real_replay=REPLAY in run.flags)
+    flags = flags_of(run, place) + (["--step0", step0] if step0 else [])
+    train.main(flags, real_replay=REPLAY in run.flags)
     if shares and not shared.exists():
         write_atomically(shared, lambda p: shutil.copyfile(folder / "step-0.pth", p))
     return folder
 
 
 def network(run, place):
-    """The last network of a run (trained again if it is gone), and what its checkpoint says."""
-    paths = lambda: list((place.runs / run.name).glob("step-*.pth"))
-    if not paths():
+    """The last network of a run, which is finished first; and what its checkpoint says."""
+    folder = place.runs / run.name
+    if not (folder / "results.json").exists():
         train_run(run, place)
-    return load_model(max(paths(), key=lambda path: int(path.stem.removeprefix("step-"))))
+    number = lambda path: int(path.stem.removeprefix("step-"))
+    return load_model(max(folder.glob("step-*.pth"), key=number))
 
 
 def perform(run, place):
@@ -248,7 +264,9 @@ def figure_runs():
 
 def figure3(place):
     """The same noise at three scales, out of voc6's step 0; the shares of pixels to the records."""
-    step0 = place.runs / figure_runs()["HRHF"].name / "step-0.pth"
+    run = figure_runs()["HRHF"]
+    network(run, place)                                 # a record is there without its networks
+    step0 = place.runs / run.name / "step-0.pth"
     shares = fakes.main([*FIGURE3.split(), "--checkpoint", str(step0),
                          "--out", str(place.records.with_name("figure3.png"))])
     add_record(place.records, {"name": "figure3", "command": f"fakes.py {FIGURE3}",
@@ -588,21 +606,24 @@ def main(argv=None):
                   HERE / "results" / "study.jsonl")
     runs = {run.name: run for runs in ([judge(name) for name in SETTINGS], *study().values())
             for run in runs if args.only in run.name}
+    pictures = [draw for draw in (figure3, figure4) if args.only == draw.__name__]
+    if not (runs or pictures or args.tables):
+        raise InputError(f"--only {args.only}: in no run's name; --list prints them all")
     if args.list:
-        return print("\n".join(f"{name:45} python {run.command}" for name, run in runs.items()))
+        return print("\n".join(f"{name:45} {shell_command(run, place)}"
+                               for name, run in runs.items()))
     if not args.tables:
         records, diverged = read_records(place.records), []
         todo = [run for run in runs.values() if not recorded(run, records)]
-        if any(run.dataset == "voc6" for run in todo):
+        if pictures or any(run.dataset == "voc6" for run in todo):
             check_voc6(args)
         for run in todo:                                # one that diverges does not stop the rest
             try:
                 perform(run, place)
             except FloatingPointError as error:
                 diverged.append(f"{run.name}: {error}")
-        for draw in (figure3, figure4):
-            if args.only == draw.__name__:
-                draw(place)
+        for draw in pictures:
+            draw(place)
         if diverged:
             raise FloatingPointError(f"{len(diverged)} of {len(todo)} diverged; {diverged[0]}")
     write_tables(place.records)
