@@ -9,12 +9,12 @@ layout with a classes.txt). Each is an object with `classes` (names, background 
 `read(i)` -> (RGB image, id mask), both PIL, and `labels()` -> the class ids in every image.
 """
 import argparse
-import hashlib
 import json
 import os
 import re
 import sys
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,65 +25,45 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
+from pictures import ENDINGS, palette, read_image, read_mask
 from protocol import VOID
-from run import InputError, derive_seed, plain_errors, write_atomically
+from run import (InputError, check_file, cpus, derive_seed, plain_errors, sha256,
+                 write_atomically)
 
 # ImageNet's, as torchvision's weights expect
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)   # SyntaxError: a broken PNG
-
 
 # ------------------------------------------------------------------------------- the data sets
 
-def read_image(path):
-    try:
-        image = Image.open(path)
-        if image.mode.startswith(("I", "F")):
-            raise InputError(f"{path}: the image has more than 8 bits a channel; convert it to "
-                             "8-bit RGB")
-        return image.convert("RGB")
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable image ({error})") from None
-
-
-def read_mask(path):
-    try:
-        mask = Image.open(path)
-        mask.load()
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable mask ({error})") from None
-    if mask.mode not in ("P", "L"):
-        raise InputError(f"{path}: the mask has mode {mask.mode}, expected one 8-bit channel of "
-                         "class ids (P or L)")
-    return mask
-
-
 def scan_file(image_path, mask_path, num_classes):
-    """Sorted class ids in one mask, after checking that mask and image belong together."""
-    mask = read_mask(mask_path)
-    try:
-        size = Image.open(image_path).size                  # reads the header only
-    except UNREADABLE as error:
-        raise InputError(f"{image_path}: not a readable image ({error})") from None
-    if size != mask.size:
+    """[class ids in one mask, digest of both files], after checking that they belong together.
+
+    Both are decoded: a damaged picture is found here, not days later.
+    """
+    mask, image = read_mask(mask_path, num_classes), read_image(image_path)
+    if image.size != mask.size:
         raise InputError(f"{mask_path}: the mask is {mask.size[0]} x {mask.size[1]} pixels, "
-                         f"but its image {image_path} is {size[0]} x {size[1]}")
+                         f"but its image {image_path} is {image.size[0]} x {image.size[1]}")
     ids = [i for i, count in enumerate(mask.histogram()) if count]
     unknown = [i for i in ids if num_classes < i < VOID]
     if unknown:
         raise InputError(f"{mask_path}: mask id {unknown[0]} is outside the classes 0 to "
                          f"{num_classes} (and 255)")
-    return ids
+    return [ids, sha256(Path(image_path).read_bytes() + Path(mask_path).read_bytes())]
 
 
 class Files:
-    """Image and mask files. `cache` is where labels() remembers its scan."""
+    """Image and mask files. `cache` is where labels() remembers its scan.
+
+    After labels(), `digest` stands for all files, their names and contents, in their order.
+    """
 
     def __init__(self, images, masks, classes, cache):
-        self.images, self.masks, self.classes, self.cache = images, masks, classes, Path(cache)
+        self.images, self.masks, self.cache = images, masks, Path(cache)
+        self.classes = [printable(name) for name in classes]
         if not images:
             raise InputError(f"{self.cache.parent}: no images found")
 
@@ -91,7 +71,7 @@ class Files:
         return len(self.images)
 
     def read(self, i):
-        return read_image(self.images[i]), read_mask(self.masks[i])
+        return read_image(self.images[i]), read_mask(self.masks[i], len(self.classes) - 1)
 
     def labels(self):
         """Class ids in every image, in list order. Scanned once, then read from the cache.
@@ -99,70 +79,113 @@ class Files:
         The cache's key holds every file's name, size and time: a changed mask, image or list
         makes a new scan.
         """
-        key = self.key()
+        key, found = self.key(), self.cached()
+        if found.get("key") != key:
+            found = {"key": key, "scan": self.scan()}
+            text = json.dumps({**found, "sha256": sha256(json.dumps(found["scan"]))})
+            try:
+                write_atomically(self.cache, lambda p: p.write_text(text))
+            except InputError:
+                print(f"note: {self.cache.parent} is not writable, the scan of its masks is not "
+                      "kept", file=sys.stderr)
+        labels, digests = zip(*found["scan"])
+        if VOID in set().union(*labels) and not any(0 < c < VOID for ids in labels for c in ids):
+            raise InputError(f"{self.masks[0]}: all masks hold 0 and 255 alone, and 255 is void "
+                             "here; write the id of a class, 1 and up, where it is")
+        self.digest = sha256(json.dumps([[p.stem for p in self.images], digests]))
+        return list(labels)
+
+    def cached(self):
+        """The last scan, {} if there is none or it is damaged."""
         try:
-            cached = json.loads(self.cache.read_text())
-            if cached["key"] == key:
-                return cached["labels"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        labels = self.scan()
-        text = json.dumps({"key": key, "labels": labels})
-        try:
-            write_atomically(self.cache, lambda p: p.write_text(text))
-        except OSError:
-            print(f"note: {self.cache.parent} is not writable, the scan of its masks is not kept",
-                  file=sys.stderr)
-        return labels
+            found = json.loads(self.cache.read_text())
+            return found if found["sha256"] == sha256(json.dumps(found["scan"])) else {}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return {}
 
     def key(self):
-        files = [path for pair in zip(self.images, self.masks, strict=True) for path in pair]
-        try:
-            stats = [(str(path), (s := os.stat(path)).st_size, s.st_mtime_ns) for path in files]
-        except OSError as error:
-            raise InputError(f"{error.filename}: listed, but not there") from None
-        return hashlib.sha256(json.dumps([stats, len(self.classes)]).encode()).hexdigest()
+        stats = []
+        for path in (path for pair in zip(self.images, self.masks, strict=True) for path in pair):
+            check_file(path)
+            stats.append((str(path), (s := os.stat(path)).st_size, s.st_mtime_ns))
+        return sha256(json.dumps([stats, len(self.classes)]))
 
     def scan(self):
-        labels, shown = [], time.monotonic()
+        found, shown = [], time.monotonic()
         scan = lambda image, mask: scan_file(image, mask, len(self.classes) - 1)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:    # decoding lets go of the GIL
-            for ids in pool.map(scan, self.images, self.masks):
-                labels.append(ids)
+        with ThreadPoolExecutor(cpus()) as pool:            # decoding lets go of the GIL
+            for one in pool.map(scan, self.images, self.masks):
+                found.append(one)
                 if time.monotonic() - shown > 2:
                     shown = time.monotonic()
-                    print(f"scanning masks: {len(labels)} of {len(self)}", file=sys.stderr)
-        return labels
+                    print(f"scanning: {len(found)} of {len(self)}", file=sys.stderr)
+        return found
 
 
 def voc_layout(root, classes, list_name, mask_folder):
-    """VOC's folders. A list has an id a line, or MiB's two columns
-    "/JPEGImages/x.jpg /SegmentationClassAug/x.png"."""
-    lines = read_lines(root / "ImageSets" / "Segmentation" / f"{list_name}.txt")
-    if all(re.fullmatch(r"\S*/\S* \S*/\S*", line) for line in lines):
-        images, masks = zip(*[[root / path.lstrip("/") for path in line.split()] for line in lines])
+    """VOC's folders. A list has a name a line, or MiB's two columns of paths below the root,
+    "/JPEGImages/x.jpg /SegmentationClassAug/x.png", apart by blanks or a tab."""
+    path = root / "ImageSets" / "Segmentation" / f"{list_name}.txt"
+    lines = list(dict.fromkeys(read_lines(path)))
+    if repeated := len(read_lines(path)) - len(lines):
+        print(f"note: {path}: {repeated} lines are repeated; each is kept once", file=sys.stderr)
+    two_columns = [re.split(r"\s*\t\s*|\s+(?=/)|\s\s+", line) for line in lines]
+    two_columns = [c if len(c) == 2 else line.split() for c, line in zip(two_columns, lines)]
+    if all(len(c) == 2 and all("/" in p for p in c) for c in two_columns):
+        pairs = [[below(root, column, path) for column in columns] for columns in two_columns]
     else:
-        image_of, mask_of = pictures(root / "JPEGImages"), pictures(root / mask_folder)
-        images = [image_of.get(line, root / "JPEGImages" / f"{line}.jpg") for line in lines]
-        masks = [mask_of.get(line, root / mask_folder / f"{line}.png") for line in lines]
+        folders = pictures(root / "JPEGImages"), pictures(root / mask_folder)
+        pairs = [[picture_called(line, folder, path) for folder in folders] for line in lines]
+    images, masks = zip(*pairs)
     return Files(list(images), list(masks), classes, root / f".labels-{list_name}.json")
 
 
+def below(root, column, listing):
+    """A path of a list, which may not lead out of the data set."""
+    if ".." in Path(column).parts:
+        raise InputError(f"{listing}: {column} leads out of {root}")
+    return root / column.lstrip("/")
+
+
 def pictures(folder):
-    """name without ending -> path, for the pictures in a folder."""
+    """{name without ending: path} of the pictures in a folder; hidden files are passed over."""
     try:
-        return {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in
-                (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")}
+        paths = sorted(folder.iterdir())
     except OSError:
         raise InputError(f"{folder}: not found; see 'Data' in README.md for the layout") from None
+    found = {}
+    for path in paths:
+        if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
+            name = unicodedata.normalize("NFC", path.stem)
+            if name in found:
+                raise InputError(f"{folder}: {found[name].name} and {path.name} are both there; "
+                                 "which one is meant? Remove the other")
+            found[name] = path
+    return found
+
+
+def picture_called(line, folder, listing):
+    """The picture of a list's line, which may have an ending; `folder` is of pictures()."""
+    name = unicodedata.normalize("NFC", line)
+    stem = name.rpartition(".")[0] if name.lower().endswith(ENDINGS) else name
+    if name in folder or stem in folder:
+        return folder.get(name) or folder[stem]
+    where = next(iter(folder.values())).parent if folder else "an empty folder"
+    raise InputError(f"{listing}: {printable(line)} is listed, but no picture in {where}")
+
+
+def printable(text):
+    """Without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
 
 
 def read_lines(path):
     """The lines of a text file that are not blank."""
+    if not path.exists():
+        raise InputError(f"{path}: not found; see 'Data' in README.md for the layout")
+    check_file(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except OSError:
-        raise InputError(f"{path}: not found; see 'Data' in README.md for the layout") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -270,6 +293,7 @@ class Shapes:
         return self.items[i]
 
     def labels(self):
+        self.digest = "drawn"                           # the same everywhere
         return [np.unique(mask).tolist() for _, mask in self.items]
 
 
@@ -353,13 +377,6 @@ def train_batches(num_real, num_fake, real, fake, iterations, seed, start=0, ran
 
 
 # ------------------------------------------------------------------------------------ pictures
-
-def palette():
-    """VOC's colour map, (256, 3) uint8: bit 7 - j of R, G, B is the id's bit 3j, 3j + 1, 3j + 2."""
-    ids = np.arange(256)
-    bits = sum(((ids[:, None] >> (3 * j + np.arange(3))) & 1) << (7 - j) for j in range(3))
-    return bits.astype(np.uint8)
-
 
 def colour(mask):
     """ids (..., H, W) -> RGB (..., 3, H, W) uint8, void (255) in VOC's cream white."""

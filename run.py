@@ -7,8 +7,12 @@ What a run is: its processes and device, its folder and settings, its seeds, log
     run.log(step=0, iteration=20, loss=1.5)     # one JSON line, to the screen and to log.jsonl
 """
 import contextlib
+import hashlib
 import json
 import os
+import shutil
+import signal
+import stat
 import sys
 import time
 from datetime import timedelta
@@ -19,6 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:                                         # Windows
+    fcntl = None
+
 
 # -------------------------------------------------------------------------------------- errors
 
@@ -26,50 +35,116 @@ class InputError(ValueError):
     """Bad input. One sentence for the user; the scripts print it and exit with code 2."""
 
 
+class Stopped(BaseException):
+    """A signal asked the process to end. Files are whole at every moment: it may come anywhere."""
+
+
+MEMORY = "memory is short: lower --fake-batch, --batch-size or --crop"
+LOADER = ("a loader process died, for want of memory or of /dev/shm (docker: --shm-size); "
+          "--workers 0 does without")
+RANK = "another process of this run has ended; what it printed says why"
+RESOURCES = {                           # in what PyTorch says -> what to do
+    "out of memory": MEMORY, "can't allocate memory": MEMORY, "DataLoader worker": LOADER,
+    "shared memory": LOADER, "received 0 items": LOADER, "Connection closed": RANK,
+    "Connection reset": RANK}
+
+
+def stop(number, frame):
+    signal.signal(number, signal.SIG_DFL)                   # a second one ends at once
+    raise Stopped(number)
+
+
+def quiet_worker(_):
+    """A loader process ends with its parent: a Ctrl-C in the terminal is not its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @contextlib.contextmanager
 def plain_errors(program):
-    """Bad input, and a loss that is no number, end a script with one sentence and exit code 2."""
+    """Bad input, a loss that is no number, short resources: one sentence and exit code 2.
+
+    Ctrl-C and SIGTERM: one line, and exit code 130 or 143.
+    """
+    for stream in (sys.stdout, sys.stderr):                 # a terminal that lacks a character
+        stream.reconfigure(errors="replace")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    code = 2
     try:
         yield
+        return
     except (InputError, FloatingPointError) as error:
         # An error in a loader's worker arrives with the worker's traceback in front.
         sentence = str(error).strip().splitlines()[-1].removeprefix("run.InputError: ")
     except OSError as error:
         sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    else:
-        return
+    except Stopped as signalled:
+        number = signalled.args[0]
+        code, name = 128 + number, signal.Signals(number).name
+        sentence = f"stopped by {name}; nothing is lost, the same command goes on"
+    except (RuntimeError, MemoryError) as error:
+        known = [advice for text, advice in RESOURCES.items() if text in str(error)]
+        if not known and not isinstance(error, MemoryError):
+            raise
+        sentence = (known or [MEMORY])[0]
     print(f"{program}: {sentence}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 # --------------------------------------------------------------------------------------- files
 
 def write_atomically(path, write):
-    """Call write(temporary_path), then rename: a reader never sees half a file."""
+    """Call write(temporary_path), then rename: a reader never sees half a file, also after a power
+    cut. InputError, with the file and the disk's free space, if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's
+        raise InputError(f"{path}: cannot be written ({reason(error)}; {free(path)})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def reason(error):
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["damaged"])[0]
+
+
+def free(path):
+    with contextlib.suppress(OSError):
+        return f"{shutil.disk_usage(Path(path).parent).free / 2 ** 20:.0f} MiB free there"
+    return "no such folder"
+
+
+def check_file(path):
+    """InputError if the path is not there, or no regular file: a pipe would wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:                  # ValueError: a NUL in the name
+        raise InputError(f"{path}: {reason(error)}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file")
 
 
 def write_json(path, value, indent=None):
     write_atomically(path, lambda p: p.write_text(strict_json(value, indent=indent)))
 
 
-def read_json(path, expected):
+def read_json(path, expected, way_out="remove it, then run train.py again, which writes it anew"):
     """A JSON object with the keys of `expected` (name -> type), or InputError naming the file."""
+    check_file(path)
     try:
         value = json.loads(Path(path).read_text())
         if all(isinstance(value[key], kind) for key, kind in expected.items()):
             return value
-    except FileNotFoundError:
-        raise InputError(f"{path}: not there; train.py writes it") from None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass
-    raise InputError(f"{path}: damaged; remove it and what it belongs to, then run train.py again")
+    raise InputError(f"{path}: damaged; {way_out}")
 
 
 def strict_json(value, digits=17, indent=None):
@@ -77,6 +152,11 @@ def strict_json(value, digits=17, indent=None):
     plain = json.loads(json.dumps(value), parse_constant=lambda _: None,
                        parse_float=lambda text: float(f"{float(text):.{digits}g}"))
     return json.dumps(plain, indent=indent)
+
+
+def sha256(data):
+    """Sixteen hex digits for bytes or text."""
+    return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
 # --------------------------------------------------------------------------------------- seeds
@@ -135,9 +215,19 @@ def setup():
     return World(rank, size, device)
 
 
+def cpus():
+    """How many CPUs this process may use: by affinity, and by a container's quota (cgroup)."""
+    known = hasattr(os, "sched_getaffinity")
+    number = len(os.sched_getaffinity(0)) if known else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):          # ValueError: "max", no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        number = min(number, max(1, int(quota) // int(period)))
+    return number
+
+
 def default_workers():
     """Loader processes for each of the processes that torchrun starts on this machine."""
-    return min(8, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(8, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def autocast(device, enabled):
@@ -151,6 +241,25 @@ def autocast(device, enabled):
 
 ANOTHER_FOLDER = ("Choose another --out (step-<t>.pth and step-<t>.json copied there are kept and "
                   "built upon), or remove that folder")
+
+
+def lock(folder):
+    """Keep other processes out of a folder until this one ends, however it ends.
+
+    A POSIX lock: unlike flock's it is not inherited by loader processes, which outlive a kill.
+    Returns the open file, to be kept. Not checked on Windows.
+    """
+    path = folder / ".lock"
+    try:
+        file = open(path, "w")
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: in use by another process; wait for it, or choose another "
+                         "--out") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({reason(error)}; {free(path)})") from None
+    return file
 
 
 class Run:
@@ -173,11 +282,15 @@ class Run:
         """Make the folder this command's, or refuse: mixed settings would go unnoticed in results.
 
         settings: {name of a flag: value}, and under "data" a digest of the data, which may move.
-        Settings may change until something was trained.
+        They are fixed from the first write on. The folder is this process's until it ends.
         """
+        with contextlib.suppress(FileExistsError):          # a file: locking says so
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder)
         path = self.folder / "settings.json"
-        if [*self.folder.glob("step-*.pth"), *self.folder.glob("last.pth")] and path.exists():
-            there = read_json(path, {"dataset": str})
+        if path.exists():
+            there = read_json(path, {"dataset": str}, "if this command is the one that made this "
+                              "run, remove that file alone")
             differing = [f"--{k.replace('_', '-')} is {there.get(k)} there and {settings[k]} here"
                          for k in settings if there.get(k) != settings[k]
                          and k not in ("data", "data_root")]
@@ -186,7 +299,6 @@ class Run:
             if differing:
                 raise InputError(f"{self.folder} holds a run with other settings: "
                                  f"{'; '.join(differing)}. {ANOTHER_FOLDER}")
-        self.folder.mkdir(parents=True, exist_ok=True)
         for litter in self.folder.rglob(".*.tmp"):      # of a process that was killed
             litter.unlink()
         write_json(path, settings, indent=1)
@@ -194,10 +306,14 @@ class Run:
     def log(self, **event):
         """One JSON line an event, the same to screen and log.jsonl; rank 0 only."""
         if self.rank == 0:
-            line = strict_json(event, digits=4)
+            line, path = strict_json(event, digits=4), self.folder / "log.jsonl"
             print(line, flush=True)
-            with open(self.folder / "log.jsonl", "a") as file:
-                print(line, file=file)
+            try:
+                with open(path, "a") as file:
+                    print(line, file=file)
+            except OSError as error:
+                raise InputError(f"{path}: cannot be written ({reason(error)}; {free(path)})"
+                                 ) from None
 
     @contextlib.contextmanager
     def timed(self, phase):

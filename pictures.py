@@ -1,0 +1,97 @@
+"""
+Other people's pictures: what is read as an image, what as a mask of class ids, and what is refused.
+
+A picture that is read as something else is the worst error there is here: nothing fails and all
+numbers are wrong. So a mask is refused unless it surely holds the ids that it shows.
+
+    image   any picture of 8-bit channels, as a viewer shows it: EXIF orientation applied
+    mask    one lossless channel of at most 8 bits, or three equal ones; the ids are the numbers
+            that the file stores, also in 1, 2 or 4 bits; a palette may not contradict them
+"""
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from protocol import VOID
+from run import InputError, check_file
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+LOSSLESS = ("PNG", "BMP", "TIFF")
+FEW_BITS = {"L;2": 85, "L;4": 17}                       # Pillow stretches such grey to 0 .. 255
+
+
+def open_picture(path, what):
+    check_file(path)
+    try:
+        with warnings.catch_warnings():                 # of odd metadata, of very large pictures
+            warnings.simplefilter("ignore")
+            picture = Image.open(path)
+            stored = picture.tile[0].args if picture.tile else None
+            picture.load()
+    except Exception as error:                          # Pillow's decoders raise anything
+        raise InputError(f"{path}: not a readable {what} ({error})") from None
+    return picture, stored if isinstance(stored, str) else (stored or [None])[0]
+
+
+def upright(picture, path):
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:                          # a damaged EXIF block
+        raise InputError(f"{path}: its EXIF block is damaged ({error}); save it without") from None
+
+
+def read_image(path):
+    """The picture as RGB, turned as a viewer shows it. Raises InputError that names it."""
+    image, _ = open_picture(path, "image")
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{path}: the image has more than 8 bits a channel; convert it to "
+                         "8-bit RGB")
+    return upright(image, path).convert("RGB")
+
+
+def read_mask(path, num_classes=VOID - 1):
+    """The mask as a PIL picture of ids, mode P or L. Raises InputError that names what is wrong."""
+    mask, stored = open_picture(path, "mask")
+    kind = mask.format
+    if kind not in LOSSLESS or "jpeg" in str(mask.info.get("compression")):
+        raise InputError(f"{path}: a mask must be lossless, this is {kind}, which changes ids; "
+                         "save it as PNG from its source")
+    if mask.mode == "RGB":
+        red, green, blue = (np.asarray(channel) for channel in mask.split())
+        if (red == green).all() and (red == blue).all():
+            mask = mask.getchannel(0)
+    if mask.mode == "1":
+        mask = Image.fromarray(np.asarray(mask).astype(np.uint8))
+    if stored in FEW_BITS and mask.mode == "L":
+        mask = mask.point([v // FEW_BITS[stored] for v in range(256)])
+    if mask.mode not in ("P", "L") or str(stored).endswith("I"):
+        raise InputError(f"{path}: the mask has mode {mask.mode}, expected one 8-bit channel of "
+                         "class ids (P or L)")
+    if mask.mode == "P":
+        check_palette(mask, path, num_classes)
+    return upright(mask, path)
+
+
+def check_palette(mask, path, num_classes):
+    """An index with the colour of another id: an optimiser or editor has renumbered the palette."""
+    valid = [*range(num_classes + 1), VOID]
+    colours, greys = palette()[valid].tolist(), [[i] * 3 for i in valid]
+    own = mask.getpalette("RGB") or []
+    for index in (i for i, count in enumerate(mask.histogram()) if count):
+        colour = own[3 * index:3 * index + 3]
+        if colour in ([index] * 3, palette()[index].tolist()):
+            continue
+        for kind, known in (("VOC's colour", colours), ("the grey", greys)):
+            if colour in known:
+                raise InputError(
+                    f"{path}: index {index} has {kind} of id {valid[known.index(colour)]}, "
+                    f"{tuple(colour)}, so a program has renumbered its palette; save the ids as "
+                    "8-bit grey, without optimising")
+
+
+def palette():
+    """VOC's colour map, (256, 3) uint8: bit 7 - j of R, G, B is the id's bit 3j, 3j + 1, 3j + 2."""
+    ids = np.arange(256)
+    bits = sum(((ids[:, None] >> (3 * j + np.arange(3))) & 1) << (7 - j) for j in range(3))
+    return bits.astype(np.uint8)
