@@ -27,7 +27,7 @@ from torchvision.utils import make_grid, save_image
 
 from pictures import ENDINGS, palette, read_image, read_mask
 from protocol import VOID
-from run import (InputError, check_file, cpus, derive_seed, plain_errors, sha256,
+from run import (InputError, check_file, cpus, derive_seed, plain_errors, printable, sha256,
                  write_atomically)
 
 # ImageNet's, as torchvision's weights expect
@@ -174,11 +174,6 @@ def picture_called(line, folder, listing):
     raise InputError(f"{listing}: {printable(line)} is listed, but no picture in {where}")
 
 
-def printable(text):
-    """Without control characters, which a terminal would obey."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
-
-
 def read_lines(path):
     """The lines of a text file that are not blank."""
     if not path.exists():
@@ -200,6 +195,8 @@ def load(name, root, split):
     Raises InputError if it is not there.
     """
     root = Path(root)
+    if name not in ("shapes", "voc", "ade", "folder"):
+        raise InputError(f"unknown data set {name!r}: choose shapes, voc, ade or folder")
     if name == "shapes":
         return Shapes(split)
     if not root.is_dir():

@@ -14,12 +14,13 @@ three conventions for the background, so all three are printed; the first is MiB
 import argparse
 import csv
 import math
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks
@@ -27,9 +28,11 @@ from torchvision.utils import draw_segmentation_masks
 import data
 import protocol
 from fakes import judge_fakes
+from fast import upsample_rows
 from model import load_model, upsample
-from run import (InputError, Run, World, autocast, default_workers, plain_errors, read_json, setup,
-                 write_atomically)
+from pictures import ENDINGS, read_image
+from run import (InputError, Run, World, autocast, default_workers, plain_errors, printable,
+                 quiet_worker, read_json, setup, write_atomically)
 
 CONVENTIONS = {                                 # label -> background in old, background in all
     "background excluded": (False, False),
@@ -107,7 +110,8 @@ def evaluate(model, view, world=World(), workers=0, amp=False, batch_size=8):
     keys = [(i, 0) for i in range(len(view.indices))][world.rank::world.size]
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     for images, targets in DataLoader(view, batch_sampler=batches, num_workers=workers,
-                                      pin_memory=device.type == "cuda"):
+                                      pin_memory=device.type == "cuda",
+                                      worker_init_fn=quiet_worker):
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with autocast(device, amp), torch.backends.cudnn.flags(enabled=True, deterministic=True):
@@ -157,6 +161,8 @@ def compare(runs, csv_path):
     lines = ["run,method,dataset,task,setting,seed,group,mIoU,paper"]
     for run in runs:
         path = Path(run) / "results.json"
+        if not Path(run).is_dir():
+            raise InputError(f"--compare {run}: no such folder")
         if not path.exists():
             print(f"note: {run} has no results.json, it is left out", file=sys.stderr)
             continue
@@ -196,11 +202,29 @@ def print_fakes(scores):
 @torch.inference_mode()
 def predict(model, image, crop):
     """PIL image -> (H, W) uint8 ids at the image's own size; the short side is scaled to `crop`."""
-    device = next(model.parameters()).device
-    transform = v2.Compose([v2.ToImage(), v2.Resize(crop), *data.normalise()])
-    x = transform(image).unsqueeze(0).to(device)
-    labels = torch.empty(1, *image.size[::-1])
-    return upsample(model.eval()(x), labels).argmax(1)[0].to(torch.uint8).cpu()
+    device, (W, H) = next(model.parameters()).device, image.size
+    # A picture more elongated than 8:1 is made smaller, for want of memory.
+    transform = v2.Compose([v2.ToImage(), v2.Resize(crop, max_size=8 * crop), *data.normalise()])
+    logits = model.eval()(transform(image).unsqueeze(0).to(device))
+    bands = [upsample_rows(logits, rows, H, W).argmax(1)[0].to(torch.uint8).cpu()
+             for rows in row_bands(H, logits.shape[1] * W)]
+    return torch.cat(bands)
+
+
+def row_bands(H, numbers_a_row):
+    """Slices of rows with at most 64 Mi numbers, or one row."""
+    tall = max(1, 2 ** 26 // numbers_a_row)
+    return [slice(top, top + tall) for top in range(0, H, tall)]
+
+
+def overlay(image, mask):
+    """A PIL image with the colours of a mask's classes laid over it."""
+    pixels, seen = v2.functional.pil_to_tensor(image), [k for k in mask.unique().tolist() if k]
+    colours = [tuple(data.palette()[k].tolist()) for k in seen]
+    for rows in row_bands(image.height, image.width * max(1, len(seen))) if seen else ():
+        masks = torch.stack([mask[rows] == k for k in seen])
+        pixels[:, rows] = draw_segmentation_masks(pixels[:, rows], masks, alpha=0.6, colors=colours)
+    return v2.functional.to_pil_image(pixels)
 
 
 @torch.inference_mode()
@@ -223,9 +247,10 @@ def pictures_to_predict(paths, out):
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         if path.is_dir():
-            inside = [p for p in inside if p.suffix.lower() in (".jpg", ".jpeg", ".png")]
+            inside = [p for p in inside if p.suffix.lower() in ENDINGS and p.name[0] != "."]
         if not inside:
-            raise InputError(f"--predict {path}: no .jpg, .jpeg or .png in this folder")
+            raise InputError(f"--predict {path}: no picture in this folder "
+                             f"({' '.join(ENDINGS)})")
         found += inside
     stems = [path.stem for path in found]
     if twice := next((s for s in stems if stems.count(s) > 1), None):
@@ -238,27 +263,33 @@ def pictures_to_predict(paths, out):
 
 
 def predict_all(run, paths, out, device):
-    """A palette mask and an overlay of every picture, by the last network of a run."""
-    steps = [p.stem.split("-")[1] for p in run.folder.glob("step-[0-9]*.pth")]
+    """A palette mask and an overlay of every picture, by the last network of a run.
+
+    A picture that cannot be read does not stop the others; False at the end.
+    """
+    found = [re.fullmatch(r"step-(\d+)\.pth", path.name) for path in run.folder.iterdir()]
+    steps = [int(name[1]) for name in found if name]
     if not steps:
         raise InputError(f"{run.folder}: no finished step to predict with yet")
-    model, about = load_model(run.checkpoint(max(map(int, steps))), device)
-    paths = pictures_to_predict(paths, out)
+    model, about = load_model(run.checkpoint(max(steps)), device)
+    paths, unreadable = pictures_to_predict(paths, out), []
     out.mkdir(parents=True, exist_ok=True)
     for path in paths:
-        image = ImageOps.exif_transpose(data.read_image(path))  # as a viewer shows a phone's photo
+        try:
+            image = read_image(path)
+        except InputError as error:
+            unreadable.append(str(error))
+            continue
         mask = predict(model, image, about["crop"])
-        picture = Image.fromarray(mask.numpy())
-        picture.putpalette(data.palette().tobytes())
-        write_atomically(out / f"{path.stem}-mask.png", lambda p: picture.save(p, "PNG"))
-        pixels, seen = v2.functional.pil_to_tensor(image), [k for k in mask.unique().tolist() if k]
-        if seen:
-            pixels = draw_segmentation_masks(
-                pixels, torch.stack([mask == k for k in seen]), alpha=0.6,
-                colors=[tuple(data.palette()[k].tolist()) for k in seen])
-        overlay = v2.functional.to_pil_image(pixels)
-        write_atomically(out / f"{path.stem}-overlay.png", lambda p: overlay.save(p, "PNG"))
-        print(f"{path}: {', '.join(about['classes'][k] for k in seen) or 'background only'}")
+        ids, laid_over = Image.fromarray(mask.numpy()), overlay(image, mask)
+        ids.putpalette(data.palette().tobytes())
+        write_atomically(out / f"{path.stem}-mask.png", lambda p: ids.save(p, "PNG"))
+        write_atomically(out / f"{path.stem}-overlay.png", lambda p: laid_over.save(p, "PNG"))
+        names = [about["classes"][k] for k in mask.unique().tolist() if k]
+        print(f"{printable(str(path))}: {', '.join(names) or 'background only'}")
+    for sentence in unreadable:
+        print(f"eval.py: {printable(sentence)}", file=sys.stderr)
+    return not unreadable
 
 
 # -------------------------------------------------------------------------------- the commands
@@ -277,15 +308,25 @@ def score_fakes(run, step, judge, dataset, device):
 
 def score_again(run, settings, dataset, world):
     """Score every step's checkpoint; True if all are to the pixel as results.json has them."""
-    results = read_json(run.folder / "results.json", {"steps": list})
+    path = run.folder / "results.json"
+    recorded = read_json(path, {"steps": list})["steps"]
+    try:
+        recorded = [torch.tensor(step["confusion"], dtype=torch.int64) for step in recorded]
+    except (LookupError, TypeError, ValueError, RuntimeError):
+        raise InputError(f"{path}: damaged; remove it, then run train.py again") from None
+    groups = protocol.task_steps(settings["task"], len(dataset.classes) - 1, settings["order"])
+    steps = groups if len(recorded) > 1 else [sum(groups, [])]              # Joint has one step
+    if len(recorded) != len(steps):
+        raise InputError(f"{path}: not of the {len(steps)} steps of this task; run train.py again")
     labels, same = dataset.labels(), True
-    groups = protocol.task_steps(settings["task"], len(dataset.classes) - 1)
-    steps = groups if len(results["steps"]) > 1 else [sum(groups, [])]      # Joint has one step
-    for step, recorded in enumerate(results["steps"]):
-        model, _ = load_model(run.checkpoint(step), world.device)
+    for step, theirs in enumerate(recorded):
+        names = [dataset.classes[c] for c in [0, *sum(steps[:step + 1], [])]]
+        model, _ = load_model(run.checkpoint(step), world.device, {"classes": names})
         view = test_view(dataset, labels, steps, step, settings["crop"], settings["dataset"])
         confusion = evaluate(model, view, world, default_workers(), settings["amp"])
-        moved = int((confusion - torch.tensor(recorded["confusion"])).abs().sum()) // 2
+        if confusion.shape != theirs.shape:
+            raise InputError(f"{path}: step {step} is not of this run; run train.py again")
+        moved = -(-int((confusion - theirs).abs().sum()) // 2)              # rounded up
         same = same and not moved
         differs = f"differs from results.json in {moved} of {int(confusion.sum())} pixels"
         print(f"step {step}: {differs if moved else 'exactly as recorded'}")
@@ -320,9 +361,16 @@ def main(argv=None):
     if args.predict and args.fakes is not None:
         raise InputError("--predict and --fakes: one at a time")
     run, world = Run(args.run), setup()
-    settings = read_json(run.folder / "settings.json", {"dataset": str, "task": str, "crop": int})
     if args.predict:
-        return predict_all(run, args.predict, Path(args.out), world.device)
+        if not run.folder.is_dir():
+            raise InputError(f"{run.folder}: no such folder")
+        if not predict_all(run, args.predict, Path(args.out), world.device):
+            sys.exit(1)
+        return
+    settings = read_json(
+        run.folder / "settings.json",
+        {"dataset": str, "task": str, "crop": int, "setting": str, "method": str, "amp": bool,
+         "data_root": str, "order": (list, type(None))}, "run the command that made it again")
     root = args.data_root or settings["data_root"]
     if args.fakes is not None:
         dataset = data.load(settings["dataset"], root, "train")

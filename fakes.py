@@ -7,13 +7,12 @@ writes the paper's Figure 3: the same noise, inverted once for every --r (0.5, 5
 network's own segmentation underneath. A folder of fakes holds
 
     00000.png, ...      the images
-    manifest.jsonl      a line per image: file, classes (background first), r of each, the seed of
-                        its batch, and found: the share of pixels that the network gives to each
-                        class asked for, at its own stride
+    manifest.jsonl      a line per image: file, its digest, classes (background first), r of each,
+                        the seed of its batch, and found: the share of pixels that the network gives
+                        to each class asked for, at its own stride
     plan.json           the settings, and a digest of the network
 """
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -28,8 +27,8 @@ from torchvision.transforms import v2
 import data
 from data import normalised, read_image
 from model import load_model, upsample
-from run import (InputError, World, derive_seed, plain_errors, read_json, setup, write_atomically,
-                 write_json)
+from run import (InputError, World, derive_seed, plain_errors, read_json, setup, sha256,
+                 write_atomically, write_json)
 from seginversion import invert
 
 R_CHOICES = (0.5, 1, 5, 10, 20)                         # Sec. 4.4, "random"
@@ -110,18 +109,17 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
     folder, C = Path(folder), sum(model.classes_per_step)
     claim(folder, world, {"num_images": num_images, "size": size, "batch_size": batch_size, "r": r,
                           "seed": seed, "most": most, **options, "model": digest(model)})
-    manifest = folder / "manifest.jsonl"
     paths = [folder / f"{i:05d}.png" for i in range(num_images)]
-    if manifest.exists():
-        return paths
     asked = balanced_targets(num_images, C - 1, derive_seed(seed, 0), most)
     part = lambda b: folder / f"batch-{b:05d}.jsonl"
     batches = range(math.ceil(num_images / batch_size))
+    whole = read_lines(folder / "manifest.jsonl")
     for b in batches[world.rank::world.size]:
-        if part(b).exists():
+        images = slice(b * batch_size, (b + 1) * batch_size)
+        there = whole | read_lines(part(b))
+        if all(intact(path, there) for path in paths[images]):
             continue
         began, batch_seed = time.monotonic(), derive_seed(seed, 1, b)
-        images = slice(b * batch_size, (b + 1) * batch_size)
         scales = draw_r(r, len(asked[images]), C, batch_seed)
         try:
             terms, found = make_batch(model, paths[images], asked[images], scales,
@@ -136,12 +134,28 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
                     "images/s": world.size * len(asked[images]) / seconds})
     world.barrier()
     if world.rank == 0:
-        text = "".join(part(b).read_text() for b in batches)
-        write_atomically(manifest, lambda p: p.write_text(text))
         for b in batches:
-            part(b).unlink()
+            whole |= read_lines(part(b))
+        text = "".join(json.dumps(whole[path.name]) + "\n" for path in paths)
+        write_atomically(folder / "manifest.jsonl", lambda p: p.write_text(text))
+        for b in batches:
+            part(b).unlink(missing_ok=True)
     world.barrier()
     return paths
+
+
+def read_lines(path):
+    """{name of a fake: its line} of a manifest or a batch; {} if that is not there or damaged."""
+    try:
+        return {line["file"]: line for line in map(json.loads, path.read_text().splitlines())}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+
+
+def intact(path, lines):
+    """Whether a fake is as its line says: one that is not is made again, with its batch."""
+    digest = lines.get(path.name, {}).get("sha256")
+    return path.is_file() and sha256(path.read_bytes()) == digest
 
 
 def claim(folder, world, plan):
@@ -149,7 +163,7 @@ def claim(folder, world, plan):
     folder.mkdir(parents=True, exist_ok=True)
     path, plan = folder / "plan.json", json.loads(json.dumps(plan))     # as a file gives it back
     if path.exists():
-        there = read_json(path, {"seed": int})
+        there = read_json(path, {"seed": int}, f"remove {folder}, and its fakes are made again")
         differing = [k for k in plan.keys() | there.keys() if plan.get(k) != there.get(k)]
         if differing:
             raise InputError(f"{folder} holds fakes made with other settings "
@@ -160,10 +174,7 @@ def claim(folder, world, plan):
 
 
 def digest(model):
-    sha = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        sha.update(tensor.cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
+    return sha256(b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values()))
 
 
 def make_batch(model, paths, asked, scales, *, size, seed, **options):
@@ -185,7 +196,8 @@ def manifest_lines(paths, asked, scales, seed, found):
     lines = []
     for row, path in enumerate(paths):
         classes = [0, *asked[row]]
-        lines.append({"file": path.name, "classes": classes, "seed": seed,
+        lines.append({"file": path.name, "sha256": sha256(path.read_bytes()),
+                      "classes": classes, "seed": seed,
                       "r": [str(v) for v in scales[row, classes].tolist()],
                       "found": found[row, classes].tolist()})
     return "".join(json.dumps(line) + "\n" for line in lines)
@@ -210,17 +222,17 @@ def replay(dataset, indices, folder, num_images, *, size, seed, world=World()):
 
 # ------------------------------------------------------------- reading, judging and drawing them
 
-def read_fakes(folder):
+def read_fakes(folder, num_classes):
     """The path of every image of a finished set of fakes, and the old classes it was asked for."""
+    lines, known = read_lines(folder / "manifest.jsonl"), set(range(1, num_classes))
     try:
-        lines = (folder / "manifest.jsonl").read_text().splitlines()
-        fakes = [(folder / fake["file"], fake["classes"][1:]) for fake in map(json.loads, lines)]
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        fakes = []
-    if not fakes or not all(path.exists() for path, _ in fakes):
-        raise InputError(f"{folder} holds no finished set of fakes (manifest.jsonl or an image is "
-                         "missing or damaged)")
-    return fakes
+        fakes = [(folder / name, line["classes"][1:]) for name, line in lines.items()]
+        if fakes and all(intact(path, lines) and set(classes) <= known for path, classes in fakes):
+            return fakes
+    except (LookupError, TypeError):
+        pass
+    raise InputError(f"{folder} holds no finished set of fakes (manifest.jsonl or an image is "
+                     "missing or damaged)")
 
 
 def read_pixels(path):
@@ -267,7 +279,7 @@ def judge_fakes(folder, teacher, dataset, judge=None):
              fakes asked (0 if neither finds it)
     """
     names, device, counts = teacher[1], next(teacher[0].parameters()).device, {}
-    for path, classes in read_fakes(folder):
+    for path, classes in read_fakes(folder, len(names)):
         x = normalised(read_pixels(path))[None].to(device)
         p = upsample(teacher[0](x), x).softmax(1)[0]                            # (C_old, H, W)
         theirs = upsample(judge[0](x), x).argmax(1)[0] if judge else None

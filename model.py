@@ -6,22 +6,20 @@ DeepLab-v3 as MiB built it (the network of the paper, Sec. 4.2), in plain PyTorc
 "Activated" batch norm is BatchNorm2d + LeakyReLU(0.01): the in-place form of the original keeps no
 layer input, and SegInversion needs the statistics of just those inputs.
 """
+import hashlib
 import math
-import pickle
 import re
 import zipfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from run import InputError, write_atomically
+from run import InputError, check_file, printable, reason, write_atomically
 
 SLOPE = 0.01                                            # LeakyReLU slope of activated batch norm
-# What torch.load, and what uses its result, say of a wrong file.
-UNREADABLE = (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, OSError, RuntimeError,
-              LookupError, ValueError, TypeError, AttributeError)
 
 
 def norm_act(channels):
@@ -110,15 +108,20 @@ def load_backbone_file(net, path):
     path: torchvision's .pth or Mapillary's resnet*_iabn_sync.pth.tar.
     Raises InputError that names the first missing and the first unexpected key.
     """
+    if not Path(path).exists():
+        raise InputError(f"--pretrained {path}: no such file")
+    check_file(path)
+    # torchvision's names end with the file's digest
+    if named := re.search(r"-([0-9a-f]{8})\.pth$", str(path)):
+        if not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(named[1]):
+            raise InputError(f"--pretrained {path}: damaged, its digest is not the one in its name")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"--pretrained {path}: no such file") from None
-    except UNREADABLE as error:
-        reason = (str(error).strip().splitlines() or ["empty"])[0]
-        raise InputError(f"--pretrained {path}: not a PyTorch weights file ({reason})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    state = from_mapillary(state) or state
+        state = state.get("state_dict", state)
+        state = from_mapillary(state) or state
+    except Exception as error:                              # of a wrong file torch raises anything
+        raise InputError(f"--pretrained {path}: not a PyTorch weights file ({reason(error)})"
+                         ) from None
     own = net.state_dict()
     optional = [k for k in own if k.startswith(("fc.", "classifier."))
                 or k.endswith("num_batches_tracked")]
@@ -254,14 +257,46 @@ def save_model(model, path, **about):
          "classes_per_step": model.classes_per_step, **about}, p))
 
 
-def load_model(path, device="cpu"):
-    """A checkpoint of save_model -> (model in evaluation mode, the rest of it as a dict)."""
+def read_checkpoint(path, way_out):
+    """What torch.save wrote to a file, whose zip checksums are verified first.
+
+    A flipped byte would load without a word. Raises InputError that names the file and the way out.
+    """
+    check_file(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
+            if compressed or archive.testzip():             # torch does not compress
+                raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        model = DeepLabV3(checkpoint["backbone"], checkpoint["classes_per_step"])
+        if not isinstance(checkpoint, dict):
+            raise ValueError
+        return checkpoint
+    except Exception:                                       # of a wrong file torch raises anything
+        raise InputError(f"{path}: damaged, or no file of train.py; {way_out}") from None
+
+
+THIS_STEP_AGAIN = "remove it, its .json, those of later steps, and run the same command again"
+
+
+def load_model(path, device="cpu", expected=None, way_out=THIS_STEP_AGAIN):
+    """A checkpoint of save_model -> (model in evaluation mode, the rest of it as a dict).
+
+    expected: {key of the checkpoint: the value it must have}, such as the classes of this run
+    """
+    checkpoint = read_checkpoint(path, way_out)
+    try:
+        sizes, classes = checkpoint["classes_per_step"], checkpoint["classes"]
+        if not sum(sizes) == len(classes) <= 256 or min(sizes) < 1:
+            raise ValueError
+        checkpoint["classes"] = [printable(name) for name in classes]
+        model = DeepLabV3(checkpoint["backbone"], sizes)
         model.load_state_dict(checkpoint.pop("model"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such checkpoint") from None
-    except UNREADABLE:
-        raise InputError(f"{path}: not a checkpoint of this project's train.py") from None
+        differing = [key for key, value in (expected or {}).items() if checkpoint[key] != value]
+        checkpoint["crop"], checkpoint["inversion"], checkpoint["method"]
+    except Exception:
+        raise InputError(f"{path}: damaged, or no file of train.py; {way_out}") from None
+    if differing:
+        raise InputError(f"{path}: its {differing[0]} differs from this command's; it is of "
+                         f"another task, data set or network")
     return model.to(device).eval(), checkpoint

@@ -8,6 +8,7 @@ numbers are wrong. So a mask is refused unless it surely holds the ids that it s
     mask    one lossless channel of at most 8 bits, or three equal ones; the ids are the numbers
             that the file stores, also in 1, 2 or 4 bits; a palette may not contradict them
 """
+import functools
 import warnings
 
 import numpy as np
@@ -90,6 +91,7 @@ def check_palette(mask, path, num_classes):
                     "8-bit grey, without optimising")
 
 
+@functools.cache
 def palette():
     """VOC's colour map, (256, 3) uint8: bit 7 - j of R, G, B is the id's bit 3j, 3j + 1, 3j + 2."""
     ids = np.arange(256)

@@ -8,24 +8,27 @@ MiB's (Cermelli et al., 2020), whose protocol the paper follows.
     t           learning step, 0 first
     steps[t]    the class ids that step t adds; background belongs to every step and is in no list
 """
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from run import InputError
+from run import InputError, check_file, printable, reason
 
 VOID = 255                                              # VOC's "do not care" id
 
 
-def task_steps(task, num_classes):
+def task_steps(task, num_classes, order=None):
     """"15-1", 20 -> [[1..15], [16], [17], [18], [19], [20]]; "offline" -> all classes in one step.
 
-    num_classes does not count the background.
+    num_classes does not count the background. order: the ids in which the classes are learned, if
+    not the natural one.
     Raises InputError for a malformed task, or one that leaves no class for a second step.
     """
+    order = order or list(range(1, num_classes + 1))
     if task == "offline":
-        return [list(range(1, num_classes + 1))]
+        return [order]
     try:
         first, increment = (int(part) for part in task.split("-"))
     except ValueError:
@@ -33,9 +36,27 @@ def task_steps(task, num_classes):
     if first < 1 or increment < 1 or first >= num_classes:
         raise InputError(f"--task {task}: the data set has {num_classes} classes, so A-B needs "
                          f"1 <= A < {num_classes} and B >= 1")
-    starts = range(first + 1, num_classes + 1, increment)
-    return [list(range(1, first + 1))] + [
-        list(range(s, min(s + increment, num_classes + 1))) for s in starts]
+    starts = range(first, num_classes, increment)
+    return [order[:first]] + [order[s:s + increment] for s in starts]
+
+
+def parse_order(text, classes):
+    """--order, ids or names with commas between or a file of them -> the ids, every class once."""
+    if Path(text).exists():
+        check_file(text)
+        try:
+            text = Path(text).read_text(encoding="utf-8-sig")
+        except ValueError:
+            raise InputError(f"--order {text}: not UTF-8 text") from None
+    words = [word.strip() for word in re.split(r"[,\n]", text) if word.strip()]
+    ids = {name: i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    wrong = [word for i, word in enumerate(words) if not ids.get(word) or word in words[:i]]
+    missing = [name for i, name in enumerate(classes) if i and {name, str(i)}.isdisjoint(words)]
+    if wrong or missing or len(words) != len(classes) - 1:
+        what = f"{printable(wrong[0])} is unknown or there twice" if wrong else \
+            f"{missing[0]} is missing" if missing else "a class is there twice"
+        raise InputError(f"--order: {what}; it names every class but the background once")
+    return [ids[word] for word in words]
 
 
 def split_indices(image_labels, steps, step, setting):
@@ -85,12 +106,13 @@ def read_split(split_dir, step, num_images):
     """MiB's train-<step>.npy: indices into the data set's list of training images."""
     path = Path(split_dir) / f"train-{step}.npy"
     try:
-        indices = np.load(path)
-        if not np.issubdtype(indices.dtype, np.integer):
-            raise TypeError("not integers")
+        check_file(path)
+        indices = np.load(path, mmap_mode="r")              # a huge shape is not believed
+        if not np.issubdtype(indices.dtype, np.integer) or indices.ndim != 1:
+            raise TypeError("not a list of integers")
         indices = sorted(set(indices.tolist()))
-    except (OSError, ValueError, TypeError, AttributeError, EOFError) as error:
-        raise InputError(f"--split-dir: cannot read {path} ({error})") from None
+    except Exception as error:                              # of a wrong file numpy raises anything
+        raise InputError(f"--split-dir: cannot read {path} ({reason(error)})") from None
     if not indices or indices[0] < 0 or indices[-1] >= num_images:
         raise InputError(f"--split-dir: {path} must hold indices from 0 to {num_images - 1}, "
                          "the number of training images found under --data-root less one")

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -109,6 +110,11 @@ def write_atomically(path, write):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def printable(text):
+    """Without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "", text)
 
 
 def reason(error):
@@ -274,6 +280,25 @@ class Run:
 
     def record(self, step):
         return self.folder / f"step-{step}.json"
+
+    def read_record(self, step):
+        """The scores of a step, {} if there are none or the file is damaged."""
+        path = self.record(step)
+        try:
+            value = json.loads(path.read_text())
+            if value["sha256"] == sha256(json.dumps([value["confusion"], value["seconds"]])):
+                return value
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            pass
+        print(f"note: {path}: damaged; the step is scored again", file=sys.stderr)
+        return {}
+
+    def write_record(self, step, confusion, seconds):
+        numbers = json.loads(strict_json([confusion, seconds]))
+        write_json(self.record(step), {"confusion": confusion, "seconds": seconds,
+                                       "sha256": sha256(json.dumps(numbers))})
 
     def fakes(self, step):
         return self.folder / f"fakes-step-{step}"

@@ -13,7 +13,6 @@ images of all old classes (seginversion.py), then trains on half-real half-fake 
     predictions.png  results.json
 """
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -32,9 +31,9 @@ import protocol
 from eval import evaluate, iou, save_predictions, summarize, table, test_view
 from fakes import parse_r, replay, save_fakes, synthesize
 from methods import METHODS
-from model import BACKBONES, UNREADABLE, DeepLabV3, load_model, save_model
+from model import BACKBONES, DeepLabV3, load_model, read_checkpoint, save_model
 from run import (ANOTHER_FOLDER, InputError, Run, autocast, default_workers, derive_seed,
-                 plain_errors, read_json, setup, write_atomically, write_json)
+                 plain_errors, quiet_worker, setup, sha256, write_atomically, write_json)
 
 # The parser's defaults are the paper's numbers (Sec. 4.2; MiB's where it says "as in [5]",
 # DeepInversion's weights where it follows that). These are what a data set changes. On small
@@ -66,6 +65,8 @@ def parser():
     a("--task", help="A-B: A classes first, then B a step; or offline: all classes in one")
     a("--setting", choices=["disjoint", "overlapped"], default="disjoint",
       help="overlapped: earlier steps see images of later classes, too (Table 1 has both)")
+    a("--order", help="ids or names of all classes, with commas, or a file of them: the order in "
+      "which they are learned, if not the natural one")
     a("--split-dir", help="folder of MiB's train-<step>.npy lists, to compare with its ADE numbers")
     a("--void", choices=["background", "ignore"], default="background",
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
@@ -116,9 +117,11 @@ def parser():
     return p
 
 
-AT_LEAST = {"batch_size": 2, "epochs": 1, "epochs0": 1, "fake_batch": 1, "fake_classes": 1,
-            "fake_steps": 1, "num_fakes": 1, "max_iters": 1, "crop": 16, "lam": 0, "tv": 0, "bn": 0,
-            "spectrum": 0, "workers": 0, "seed": 0, "lr": 1e-12, "lr0": 1e-12, "fake_lr": 1e-12}
+LIMITS = {"batch_size": (2, 10 ** 6), **dict.fromkeys("epochs epochs0 fake_batch fake_classes fake_steps num_fakes "
+                          "max_iters".split(), (1, 10 ** 6)),
+          **dict.fromkeys("lam tv bn".split(), (0, 1e12)), "crop": (16, 10 ** 4),
+          **dict.fromkeys("lr lr0 fake_lr".split(), (1e-12, 1e30)), "workers": (0, 1000),
+          "spectrum": (0, 4), "seed": (0, 2 ** 63 - 1)}     # spectrum: photographs are near 1
 
 
 def parse(argv=None):
@@ -128,13 +131,11 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
-    for name, least in AT_LEAST.items():
+    for name, (least, most) in LIMITS.items():
         value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}: must be a finite number, "
-                             f"at least {least}")
-    if args.spectrum > 4:
-        raise InputError(f"--spectrum {args.spectrum}: at most 4; photographs are near 1")
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be a number from {least} "
+                             f"to {most}")
     parse_r(args.r)
     method = METHODS[args.method]
     args.lam = method.lam if args.lam is None else args.lam
@@ -164,6 +165,8 @@ def batch_parts(args, step):
         return args.batch_size, 0
     try:
         real, fake = (int(part) for part in args.real_fake.split(":"))
+        if min(real, fake) < 0:
+            raise ValueError
         real = round(args.batch_size * real / (real + fake))
     except (ValueError, ZeroDivisionError):
         raise InputError(f"--real-fake {args.real_fake}: expected two numbers, such as 1:1"
@@ -207,13 +210,23 @@ class Task(NamedTuple):
         """The classes known after a step, in the order of the network's channels."""
         return [self.train_set.classes[c] for c in [0, *sum(self.steps[:step + 1], [])]]
 
+    def network(self, step, args):
+        """What a checkpoint of a step must say of itself: it may be a copy of another run's."""
+        return {"backbone": args.backbone, "classes": self.names(step), "crop": args.crop}
+
 
 def open_task(args, world):
     """The Task; what is wrong with the data is said here, before anything is trained."""
     train_set, test_set = (data.load(args.dataset, args.data_root, s) for s in ("train", "val"))
-    groups = protocol.task_steps(args.task, len(train_set.classes) - 1)
+    if args.order and not isinstance(args.order, list):
+        args.order = protocol.parse_order(args.order, train_set.classes)
+    groups = protocol.task_steps(args.task, len(train_set.classes) - 1, args.order)
     labels = (train_set.labels(), test_set.labels()) if world.rank == 0 else None
     train_labels, test_labels = world.from_rank_0(labels)
+    tested = set().union(*test_labels)
+    if world.rank == 0 and (untested := [train_set.classes[c] for c in sum(groups, [])
+                                         if c not in tested]):
+        print(f"note: no test image shows {', '.join(untested)}; it has no score", file=sys.stderr)
     joint = METHODS[args.method].joint
     images = protocol.training_indices(
         train_labels, groups, args.setting, ade=args.dataset == "ade", split_dir=args.split_dir,
@@ -241,7 +254,8 @@ def learn(step, task, args, run, world, real_replay=False):
             student = DeepLabV3(args.backbone, [1 + len(task.steps[0])],
                                 None if args.pretrained == "none" else args.pretrained)
     else:
-        teacher, about = load_model(run.checkpoint(step - 1), world.device)
+        expected = task.network(step - 1, args)
+        teacher, about = load_model(run.checkpoint(step - 1), world.device, expected)
         teacher.requires_grad_(False)
         gathered = about.get("gathered")
         if method.own_step0 and about["method"] != args.method:
@@ -309,15 +323,16 @@ def go_on(run, step, parts):
     """Load an interrupted step's last whole epoch into `parts`; the iterations it had done."""
     if not run.last.exists():
         return 0
+    way_out = f"remove it, and step {step} starts over"
+    state = read_checkpoint(run.last, way_out)
     try:
-        state = torch.load(run.last, map_location="cpu", weights_only=True)
-    except UNREADABLE:
-        raise InputError(f"{run.last}: damaged; remove it, and step {step} starts over") from None
-    if state["step"] != step:
-        return 0
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    run.seconds.update(state["seconds"])
+        if state["step"] != step:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        run.seconds.update(state["seconds"])
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
+        raise InputError(f"{run.last}: of another network or method; {way_out}") from None
     run.log(step=step, resumed_at=state["iteration"])
     return state["iteration"]
 
@@ -375,7 +390,7 @@ def train_step(student, objective, view, step, args, run, world):
     wrapped = distributed(student, world).train()
     loader = DataLoader(
         view, num_workers=args.workers, pin_memory=device.type == "cuda",
-        batch_sampler=data.train_batches(
+        worker_init_fn=quiet_worker, batch_sampler=data.train_batches(
             len(view.indices), len(view.fakes), real, fake, iterations,
             derive_seed(args.seed, step, 0), start, world.rank, world.size))
     progress = Progress(run, step, start, iterations, args.batch_size, world)
@@ -409,7 +424,7 @@ def train_step(student, objective, view, step, args, run, world):
 
 def score(step, task, args, run, world):
     """Test what is on the disk after a step; its record is written last."""
-    model, about = load_model(run.checkpoint(step), world.device)
+    model, about = load_model(run.checkpoint(step), world.device, task.network(step, args))
     run.seconds = about["seconds"]
     view = test_view(task.test_set, task.test_labels, task.steps, step, args.crop, args.dataset)
     with run.timed("evaluation"):
@@ -417,20 +432,9 @@ def score(step, task, args, run, world):
     if world.rank == 0:
         if step == len(task.steps) - 1:
             save_predictions(model, view, run.folder / "predictions.png", world.device)
-        write_json(run.record(step), {"confusion": confusion.tolist(), "seconds": run.seconds})
+        run.write_record(step, confusion.tolist(), run.seconds)
         run.log(step=step, **summarize(confusion, task.groups)["background excluded"],
                 seconds=run.seconds)
-
-
-def share_step0(args, names, checkpoint):
-    """Copy --step0 to a run's own step-0.pth, if it is a step 0 of this task and network."""
-    model, about = load_model(args.step0)
-    there = {"backbone": model.backbone, "classes": about["classes"], "crop": about["crop"]}
-    here = {"backbone": args.backbone, "classes": names, "crop": args.crop}
-    if differing := next((what for what in here if there[what] != here[what]), None):
-        raise InputError(f"--step0 {args.step0}: its {differing} differs from this command's; "
-                         "train step 0 anew, without --step0")
-    write_atomically(checkpoint, lambda p: shutil.copyfile(args.step0, p))
 
 
 def write_results(task, args, run, world):
@@ -441,7 +445,7 @@ def write_results(task, args, run, world):
     """
     records, last = [], len(task.steps) - 1
     for step in range(len(task.steps)):
-        record = read_json(run.record(step), {"confusion": list, "seconds": dict})
+        record = run.read_record(step)
         confusion = torch.tensor(record["confusion"])
         per_class = dict(zip(["background", *task.names(last)[1:]], iou(confusion).tolist()))
         records.append({"iou": per_class, **summarize(confusion, task.groups), **record})
@@ -462,19 +466,20 @@ def main(argv=None, real_replay=False):
     task, run = open_task(args, world), Run(args.out, world)
     if world.rank == 0:
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
-        seen = json.dumps([list(task.train_set.classes), task.train_labels, task.test_labels])
-        run.claim({**settings, "real_replay": real_replay,
-                   "data": hashlib.sha256(seen.encode()).hexdigest()[:16]})
+        seen = [list(task.train_set.classes), task.train_set.digest, task.test_set.digest]
+        run.claim({**settings, "real_replay": real_replay, "data": sha256(json.dumps(seen))})
     world.barrier()
     run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
             torch=torch.__version__)
     for step in range(len(task.steps)):
-        if run.record(step).exists():
+        if world.from_rank_0(bool(run.read_record(step))):
             continue
         run.seconds = {}
         if step == 0 and args.step0 and not run.checkpoint(0).exists():
             if world.rank == 0:
-                share_step0(args, task.names(0), run.checkpoint(0))
+                load_model(args.step0, expected=task.network(0, args),
+                           way_out="train step 0 anew, without --step0")
+                write_atomically(run.checkpoint(0), lambda p: shutil.copyfile(args.step0, p))
             world.barrier()
         if not run.checkpoint(step).exists():
             learn(step, task, args, run, world, real_replay)
