@@ -117,7 +117,8 @@ def parser():
     return p
 
 
-LIMITS = {"batch_size": (2, 10 ** 6), **dict.fromkeys("epochs epochs0 fake_batch fake_classes fake_steps num_fakes "
+LIMITS = {"batch_size": (2, 10 ** 6),
+          **dict.fromkeys("epochs epochs0 fake_batch fake_classes fake_steps num_fakes "
                           "max_iters".split(), (1, 10 ** 6)),
           **dict.fromkeys("lam tv bn".split(), (0, 1e12)), "crop": (16, 10 ** 4),
           **dict.fromkeys("lr lr0 fake_lr".split(), (1e-12, 1e30)), "workers": (0, 1000),
