@@ -245,7 +245,7 @@ def training(backbone="resnet101", B=2, size=512, iterations=80):
         with torch.inference_mode():
             teacher(images)
         return student(images).sum(), {}
-    ours = METHODS["hrhf"](student, teacher, lam=1.0).loss
+    ours = METHODS["hrhf"].objective_of(student, teacher, lam=1.0).loss
     t = alternate({loss: training_iteration(loss, student, B, size, DEVICE)[0]
                    for loss in (bare, ours)})
     yield row("HRHF's step / (bare student step + bare teacher forward)", t[ours], t[bare],
@@ -289,7 +289,7 @@ def rank_main(process, size, folder, ready, queue):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=world.rank,
                             world_size=size)
     student, teacher = networks("mobilenet_v2", [20, 1], "cpu")
-    iteration, _ = training_iteration(METHODS["hrhf"](student, teacher, lam=1.0).loss,
+    iteration, _ = training_iteration(METHODS["hrhf"].objective_of(student, teacher, lam=1.0).loss,
                                       train.distributed(student, world), 16 // size, 256, "cpu")
     for images, steps, iterations in ((16, 1, 1), (64, 8, 6)):      # the first to warm up
         ready.wait()
@@ -387,7 +387,8 @@ def phases(args, classes, count, test_images, gpus):
         targets = multi_hot([[]] * args.fake_batch, sum(classes[:-1]))
         yield ("SegInversion", fakes, fakes // args.fake_batch, options["steps"],
                partial(invert, teacher, targets, 1.0, **options | {"steps": 1}), weights[1])
-    loss, local = METHODS[args.method](student, teacher, args.lam).loss, args.batch_size // gpus
+    objective = METHODS[args.method].objective_of(student, teacher, args.lam)
+    loss, local = objective.loss, args.batch_size // gpus
     iteration, kept = training_iteration(loss, student, local, args.crop, "meta")
     yield "training", count, gpus, iterations, iteration, [weights, kept]
     B = inspect.signature(evaluate).parameters["batch_size"].default

@@ -43,17 +43,18 @@ def distillation_loss(logits, teacher_logits):
     return -(p * log_q).sum(dim=1).mean()
 
 
-def label_merge(teacher_logits, labels, num_old):
+def label_merge(teacher_logits, labels):
     """Complete the labels: new classes from the ground truth, everything else from the teacher.
 
     The paper takes the argmax of the teacher's probabilities with the labels' one-hot map beside
     them. That is this `where`, except that a teacher saturated at p = 1 would tie with the label.
 
-    teacher_logits: (B, C_old, H, W); labels: (B, H, W) integer ids, new classes >= num_old, the
+    teacher_logits: (B, C_old, H, W); labels: (B, H, W) integer ids, new classes >= C_old, the
     rest 0. A 255 stays 255: no pseudo-label for pixels that are to be ignored.
     Returns (B, H, W) int64.
     """
-    return torch.where(labels >= num_old, labels.long(), teacher_logits.argmax(dim=1))
+    new = labels >= teacher_logits.shape[1]
+    return torch.where(new, labels.long(), teacher_logits.argmax(dim=1))
 
 
 def segmentation_loss(logits, merged):
@@ -73,6 +74,6 @@ def hrhf_loss(logits, teacher_logits, labels, lam=1.0):
     """
     if teacher_logits is None:
         return {"seg": segmentation_loss(logits, labels)}
-    merged = label_merge(teacher_logits, labels, teacher_logits.shape[1])
+    merged = label_merge(teacher_logits, labels)
     return {"kd": lam * distillation_loss(logits, teacher_logits),
             "seg": segmentation_loss(logits, merged)}

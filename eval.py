@@ -134,17 +134,17 @@ def paper_results():
     return results
 
 
-def table(summary, settings):
-    """A Markdown table of one summary in percent, with the paper's row if there is one.
+def table(summary, settings, flags=""):
+    """A Markdown table of one summary in percent, with the paper's row if the run is one.
 
-    settings: the run's dataset, task, setting, method
+    settings: the run's dataset, task, setting, method; flags: those that make it another method
     """
     percent = lambda v: "-" if v != v else f"{100 * v:.1f}"
     rows = ["| mIoU (%) | old | new | all |", "|---|---|---|---|"]
     rows += [f"| {name} | " + " | ".join(percent(s[k]) for k in ("old", "new", "all")) + " |"
              for name, s in summary.items()]
     paper = paper_results().get(tuple(settings[k] for k in ("dataset", "task", "setting")), {})
-    if theirs := paper.get(settings["method"]):
+    if (theirs := paper.get(settings["method"])) and not flags:
         numbers = " | ".join(f"{v:.1f}" for v in theirs)
         rows.append(f"| paper, {settings['method']} | {numbers} |")
     return "\n".join(rows)
@@ -309,9 +309,10 @@ def score_fakes(run, step, judge, dataset, device):
 def score_again(run, settings, dataset, world):
     """Score every step's checkpoint; True if all are to the pixel as results.json has them."""
     path = run.folder / "results.json"
-    recorded = read_json(path, {"steps": list})["steps"]
+    results = read_json(path, {"steps": list, "flags": str})
     try:
-        recorded = [torch.tensor(step["confusion"], dtype=torch.int64) for step in recorded]
+        recorded = [torch.tensor(step["confusion"], dtype=torch.int64)
+                    for step in results["steps"]]
     except (LookupError, TypeError, ValueError, RuntimeError):
         raise InputError(f"{path}: damaged; remove it, then run train.py again") from None
     groups = protocol.task_steps(settings["task"], len(dataset.classes) - 1, settings["order"])
@@ -329,8 +330,10 @@ def score_again(run, settings, dataset, world):
         moved = -(-int((confusion - theirs).abs().sum()) // 2)              # rounded up
         same = same and not moved
         differs = f"differs from results.json in {moved} of {int(confusion.sum())} pixels"
-        print(f"step {step}: {differs if moved else 'exactly as recorded'}")
-    print(table(summarize(confusion, groups), settings))
+        if world.rank == 0:
+            print(f"step {step}: {differs if moved else 'exactly as recorded'}")
+    if world.rank == 0:
+        print(table(summarize(confusion, groups), settings, results["flags"]))
     return same
 
 
@@ -361,6 +364,8 @@ def main(argv=None):
     if args.predict and args.fakes is not None:
         raise InputError("--predict and --fakes: one at a time")
     run, world = Run(args.run), setup()
+    if world.rank and (args.predict or args.fakes is not None):
+        return                                              # one process does these
     if args.predict:
         if not run.folder.is_dir():
             raise InputError(f"{run.folder}: no such folder")

@@ -69,7 +69,10 @@ def unbiased_distillation(logits, teacher_logits):
 
 
 # ----------------- terms of each row: (logits, teacher_logits, labels, lam) -> named terms
-# At step 0 teacher_logits is None and the label's term stands alone. HRHF's are in distill.py.
+# logits (B, C_t, H, W); teacher_logits (B, C_old, H, W), or None at step 0, where the label's term
+# stands alone; labels (B, H, W) uint8. Every term is a mean over images and pixels, lam applied: it
+# is computed in bands of rows (fast.py), so a sum, or a loss of the whole image, would be wrong.
+# HRHF's are in distill.py.
 
 def ft_loss(logits, teacher_logits, labels, lam):
     """Fine-tuning; also Joint, and the task's loss of EWC, PI and RW."""
@@ -77,6 +80,7 @@ def ft_loss(logits, teacher_logits, labels, lam):
 
 
 def lwf_loss(logits, teacher_logits, labels, lam):
+    """Cross-entropy and knowledge distillation over the old outputs."""
     terms = {"ce": cross_entropy(logits, labels)}
     if teacher_logits is not None:
         terms["kd"] = lam * knowledge_distillation(logits, teacher_logits)
@@ -95,7 +99,8 @@ def lwf_mc_loss(logits, teacher_logits, labels, lam):
     labels = labels.long()
     one_hot = F.one_hot(torch.where(labels == 255, C_t, labels), C_t + 1)[..., :C_t].movedim(-1, 1)
     bce = F.binary_cross_entropy_with_logits(logits, one_hot.to(logits.dtype), reduction="none")
-    terms = {"bce": (bce.sum(dim=1) * (labels != 255)).mean()}
+    bce = bce.sum(dim=1)                                    # (B, H, W)
+    terms = {"bce": (bce * (labels != 255)).mean()}
     if teacher_logits is not None:
         C_old = teacher_logits.shape[1]
         target = teacher_logits.detach().sigmoid()
@@ -105,6 +110,7 @@ def lwf_mc_loss(logits, teacher_logits, labels, lam):
 
 
 def mib_loss(logits, teacher_logits, labels, lam):
+    """Both terms with the background standing for every class that has no label of its own."""
     if teacher_logits is None:
         return {"ce": cross_entropy(logits, labels)}
     return {"ce": unbiased_cross_entropy(logits, labels, teacher_logits.shape[1]),
@@ -113,8 +119,8 @@ def mib_loss(logits, teacher_logits, labels, lam):
 
 # -------------------------------------------------------------------------- the penalty family
 
-def normalise(omega):
-    """Min-max per tensor: {name: tensor} with values in 0 .. 1."""
+def min_max(omega):
+    """{name: tensor}, each tensor scaled to 0 .. 1."""
     return {name: (v - v.min()) / (v.max() - v.min() + 1e-8) for name, v in omega.items()}
 
 
@@ -143,10 +149,20 @@ class Importance:
     """
 
     def __init__(self, model, teacher=None, state=None):
+        """model: the new network of the step, whose parameters begin(now, state) starts from."""
         self.theta_old = {name: p.clone() for name, p in parameters(teacher or model).items()}
         self.device = next(iter(self.theta_old.values())).device
         self.omega = {}
         self.begin(parameters(model), state and on_device(state, self.device))
+
+    def begin(self, now, state):
+        """Start gathering at parameters `now` {name: tensor}; set omega from the step before's
+        state, if there is one."""
+        raise NotImplementedError
+
+    def update(self, model):
+        """Gather from an iteration: model's parameters and their gradients of the task's loss."""
+        raise NotImplementedError
 
     def penalty(self, model):
         """Unweighted; a scalar with gradient to the model's parameters."""
@@ -170,7 +186,7 @@ class EWC(Importance):
         self.fisher = {name: torch.ones_like(p) for name, p in now.items()}
         if state:
             self.fisher |= state["fisher"]
-            self.omega = normalise({name: self.fisher[name] for name in self.theta_old})
+            self.omega = min_max({name: self.fisher[name] for name in self.theta_old})
 
     def update(self, model):
         for name, g in gradients(model).items():
@@ -194,7 +210,7 @@ class PI(Importance):
                 moved = (end - state["start"][name]).square() + 1e-20
                 score = (state["delta"][name] / moved).relu()
                 self.score[name] = score + state["score"].get(name, 0)
-            self.omega = normalise(self.score)
+            self.omega = min_max(self.score)
 
     def update(self, model):
         now = parameters(model)
@@ -219,7 +235,7 @@ class RW(EWC):
             new = {name: state["raw"][name].relu() for name in self.theta_old}
             self.score = {name: 0.5 * (v + state["score"][name]) if name in state["score"] else v
                           for name, v in new.items()}
-            score = normalise(self.score)
+            score = min_max(self.score)
             self.omega = {name: v + score[name] for name, v in self.omega.items()}
 
     def update(self, model):
@@ -246,7 +262,7 @@ class Objective:
 
     def __init__(self, method, teacher, lam, importance=None):
         self.terms, self.of_labelled, self.lam = method.terms, method.of_labelled, lam
-        self.teacher = teacher if method.distils else None
+        self.teacher = teacher if method.uses_teacher else None
         self.importance = importance
 
     def loss(self, student, images, labels):
@@ -277,15 +293,16 @@ class Objective:
 
 
 class FeatureObjective(Objective):
-    """ILT's: a weight of 100 on the distillation, lam on the distance of the bodies' features."""
+    """Adds lam * mean squared difference of the bodies' features to the terms: ILT's."""
 
     def loss(self, student, images, labels):
+        terms = partial(self.terms, lam=self.lam)
         logits, features = student(images, features=True)
         if self.teacher is None:
-            return in_bands(partial(self.terms, lam=0), logits, None, labels)
+            return in_bands(terms, logits, None, labels, self.of_labelled)
         with torch.no_grad():                   # not inference mode: a gradient depends on them
             teacher_logits, teacher_features = self.teacher(images, features=True)
-        l, terms = in_bands(partial(self.terms, lam=100), logits, teacher_logits, labels)
+        l, terms = in_bands(terms, logits, teacher_logits, labels, self.of_labelled)
         distance = self.lam * F.mse_loss(features.float(), teacher_features.float())
         return l + distance, {**terms, "features": distance.detach()}
 
@@ -297,13 +314,13 @@ class Method(NamedTuple):
     init: str = "random"        # of new classifiers, or "background"
     fakes: bool = False         # half of each mini-batch is fake
     joint: bool = False         # all classes in one step
-    distils: bool = True        # the terms look at the teacher
-    of_labelled: tuple = ()     # terms that are means over the pixels that are not 255
+    uses_teacher: bool = True   # the terms look at the teacher's logits
+    of_labelled: tuple = ()     # names of terms that are means over pixels that are not 255 alone
     importance: type = None     # EWC, PI, RW: adds lam * penalty
     objective: type = Objective
     own_step0: bool = False     # cannot build upon another method's steps
 
-    def __call__(self, student, teacher, lam, state=None):
+    def objective_of(self, student, teacher, lam, state=None):
         """The Objective of a step.
 
         student, teacher: the new network and the old one (None at step 0)
@@ -315,14 +332,15 @@ class Method(NamedTuple):
 
 
 METHODS = {                     # weights: MiB's argparser and README; HRHF: Sec. 4.2
-    "ft": Method(ft_loss, 0.0, distils=False),
+    "ft": Method(ft_loss, 0.0, uses_teacher=False),
     "lwf": Method(lwf_loss, 100.0),
     "lwf-mc": Method(lwf_mc_loss, 10.0, own_step0=True),
-    "ilt": Method(lwf_loss, 100.0, objective=FeatureObjective),
-    "ewc": Method(ft_loss, 500.0, distils=False, importance=EWC, own_step0=True),   # PLOP's: 100
-    "pi": Method(ft_loss, 500.0, distils=False, importance=PI, own_step0=True),     # PLOP's: 100
-    "rw": Method(ft_loss, 100.0, distils=False, importance=RW, own_step0=True),
+    "ilt": Method(lambda s, t, y, lam: lwf_loss(s, t, y, 100.0), 100.0, objective=FeatureObjective),
+    # PLOP's copy has 100 for EWC and PI
+    "ewc": Method(ft_loss, 500.0, uses_teacher=False, importance=EWC, own_step0=True),
+    "pi": Method(ft_loss, 500.0, uses_teacher=False, importance=PI, own_step0=True),
+    "rw": Method(ft_loss, 100.0, uses_teacher=False, importance=RW, own_step0=True),
     "mib": Method(mib_loss, 10.0, init="background"),
     "hrhf": Method(hrhf_loss, 1.0, init="background", fakes=True, of_labelled=("seg",)),
-    "joint": Method(ft_loss, 0.0, distils=False, joint=True),
+    "joint": Method(ft_loss, 0.0, uses_teacher=False, joint=True),
 }

@@ -163,8 +163,8 @@ class ASPP(nn.Module):
     """Atrous spatial pyramid pooling as in MiB: the image-pooling branch is added to the others.
 
     (B, c_in, H, W) -> (B, c, H, W). In training the pooled branch is the global mean; in evaluation
-    it is a sliding mean over at most 32 x 32 cells, the map of a 512 crop, so that a larger image
-    is pooled over as much context as the network was trained with.
+    it is a sliding mean over at most 32 x 32 cells, MiB's constant: the map of a 512 crop, so that
+    there a larger image is pooled over as much context as in training.
     """
 
     def __init__(self, c_in, c, rates):
@@ -218,13 +218,13 @@ class DeepLabV3(nn.Module):
         return [classifier.out_channels for classifier in self.classifiers]
 
     def forward(self, x, features=False):
-        body = self.body(x)                                                     # (B, 2048, h, w)
-        head = self.head(body)                                                  # (B, 256, h, w)
+        body = self.body(x)                                             # (B, channels, h, w)
+        head = self.head(body)                                          # (B, width, h, w)
         logits = torch.cat([classifier(head) for classifier in self.classifiers], dim=1)
         return (logits, body) if features else logits
 
     @torch.no_grad()
-    def add_classes(self, n, init="background"):
+    def add_classes(self, n, init):
         """Append a classifier with n outputs for the next step.
 
         init="background" (MiB): every new class starts with the background's weights, and the
@@ -242,10 +242,10 @@ class DeepLabV3(nn.Module):
         self.classifiers.append(new)
 
 
-def upsample(logits, labels):
-    """Bring logits (B, C, h, w) to the labels' size (B, H, W), bilinearly, in float32 or better."""
+def upsample(logits, like):
+    """Logits (B, C, h, w) at the size of `like` (..., H, W), bilinearly, in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
+    return F.interpolate(logits, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
 # ---------------------------------------------------------------------------------- checkpoints

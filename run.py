@@ -316,6 +316,7 @@ class Run:
         if path.exists():
             there = read_json(path, {"dataset": str}, "if this command is the one that made this "
                               "run, remove that file alone")
+            settings["step0"] = settings["step0"] or there.get("step0")         # it is copied
             differing = [f"--{k.replace('_', '-')} is {there.get(k)} there and {settings[k]} here"
                          for k in settings if there.get(k) != settings[k]
                          and k not in ("data", "data_root")]

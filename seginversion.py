@@ -157,9 +157,9 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0,
     r:       Eq. 1's scale, a number or a CPU tensor that broadcasts to (B, C)
     size:    H = W of the images, or (H, W)
     steps, lr, seed: of Adam with betas (0.5, 0.9). Noise, shifts and flips come from `seed` alone.
-    tv, l2, bn: weights of R(x), DeepInversion's published ones: 1e-4, 1e-5 and 0.01 on its sums,
-             here on means (16 x 512 x 512, 107 BatchNorm layers), so that a weight keeps its
-             meaning at another size, batch or network.
+    tv, l2, bn: weights of R(x). DeepInversion's published 1e-4, 1e-5 and 0.01 are of norms and a
+             sum; of our means, which keep their meaning at another size, batch or network, they are
+             1e-4 * sqrt(16*3*512*512), 1e-5 * sqrt(3*512*512) and 0.01 * (10 + 106 layers).
     spectrum: ours. Of the noise, and of the gradient that Adam sees. Adam gives every pixel a step
              of one size, so that noise grows as fast as objects do; 1 lets large shapes come first.
     on_step: called as on_step(i, terms) after step i with the named, detached loss terms
@@ -175,7 +175,7 @@ def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0,
                  for v in (0, 1))
     optimizer = torch.optim.Adam([x], lr=lr, betas=(0.5, 0.9))
     schedule, targets = warmup_cosine(optimizer, steps), targets.to(device)
-    # deterministic: the same image every time
+    # deterministic: the same image every time on one machine
     with frozen(model), BatchNormMatching(model) as matching, \
             torch.backends.cudnn.flags(enabled=True, deterministic=True):
         for i in range(steps):

@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,26 +39,28 @@ from run import (ANOTHER_FOLDER, InputError, Run, autocast, default_workers, der
 # The parser's defaults are the paper's numbers (Sec. 4.2; MiB's where it says "as in [5]",
 # DeepInversion's weights where it follows that). These are what a data set changes. On small
 # images SegInversion is better our way (results/README.md): 1/f noise and other weights.
-OURS = {"spectrum": 1.0, "tv": 0.3, "bn": 10.0}
 DATASET_DEFAULTS = {
     "voc": {"task": "15-1"},
     "ade": {"task": "100-50", "epochs": 60},
-    "folder": OURS,
+    "folder": {"spectrum": 1.0, "tv": 0.3, "bn": 10.0},
     "shapes": {                                             # sizes for a laptop's CPU
         "task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "workers": 1,
         "epochs0": 14, "epochs": 12, "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1,
-        "fake_steps": 100, **OURS, "tv": 2.0, "bn": 3.0},
+        "fake_steps": 100, "spectrum": 1.0, "tv": 2.0, "bn": 3.0},
 }
 
 
 # --------------------------------------------------------------------------------------- flags
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and the default of every flag."""
+    """The description as it is written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     a = p.add_argument_group("task and data (Sec. 4.1)").add_argument
     a("--dataset", choices=list(DATASET_DEFAULTS), default="shapes",
       help="folder: your own images in VOC's layout")
@@ -75,9 +78,9 @@ def parser():
     a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>[-<method>]")
     a("--step0", metavar="CHECKPOINT",
       help="another run's step-0.pth to build upon: methods and ablations share it")
-    a("--seed", type=int, default=42, help="of everything random")
+    a("--seed", type=int, default=42, help="of weights, crops, fakes and orders")
     a("--workers", type=int, help="loader processes per rank; more if the log's data_wait is not 0")
-    a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision, if not just on CUDA")
+    a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision; default: on CUDA")
     a("--max-iters", type=int, help="smoke run: caps the iterations of each step and inversion")
 
     a = p.add_argument_group("network and training (Sec. 4.2)").add_argument
@@ -88,8 +91,8 @@ def parser():
     a("--batch-size", type=int, default=24, help="over all GPUs together, whatever their number")
     a("--epochs", type=int, default=30, help="per step; an epoch is one pass over the real images")
     a("--epochs0", type=int, help="step 0, if it needs another number")
-    a("--lr0", type=float, default=1e-2, help="step 0")
-    a("--lr", type=float, default=1e-3, help="later steps; lower it first if old classes collapse")
+    a("--lr0", type=float, default=1e-2, help="learning rate of step 0")
+    a("--lr", type=float, default=1e-3, help="of later steps; lower it if old classes collapse")
 
     a = p.add_argument_group("method (Sec. 3.3; off the defaults: an ablation)").add_argument
     a("--method", choices=list(METHODS), default="hrhf", help="a row of Tables 1 and 7")
@@ -103,9 +106,10 @@ def parser():
     a("--r", default="random",
       help="scale of Eq. 1: a number, avg, max (Tables 3 and 4), random for every image and class "
       "(Sec. 3.2) or random-image for every image (Sec. 4.4)")
-    a("--num-fakes", type=int, help="per step, if not as many as real images (at most 1024)")
+    a("--num-fakes", type=int, help="per step, in whole batches; default: as many as it has real "
+      "images, at most 1024")
     a("--fake-batch", type=int, default=16, help="inverted together; lower it if memory is short")
-    a("--fake-classes", type=int, default=3, help="at most, in one fake (Figure 3: 1 and 3)")
+    a("--fake-classes", type=int, default=3, help="most classes in one fake (Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes "
@@ -126,7 +130,7 @@ LIMITS = {"batch_size": (2, 10 ** 6),
 
 
 def parse(argv=None):
-    p, first = parser(), argparse.ArgumentParser(add_help=False)
+    p, first = parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=list(DATASET_DEFAULTS), default="shapes")
     p.set_defaults(**DATASET_DEFAULTS[first.parse_known_args(argv)[0].dataset])
     args = p.parse_args(argv)
@@ -152,12 +156,11 @@ def parse(argv=None):
 
 
 def off_default(args):
-    """The flags that make a run another method than its row: "" for a row of the tables."""
+    """The flags by which a run is not the row of the paper's tables that it is named after."""
     usual = parse(["--dataset", args.dataset, "--task", args.task, "--method", args.method])
-    names = ("lam fake real_fake void r num_fakes fake_batch fake_classes fake_steps fake_lr tv bn "
-             "spectrum").split()
-    return " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names
-                    if getattr(args, name) != getattr(usual, name))
+    harmless = "setting data_root out step0 seed workers amp pretrained".split()
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
+                    if name not in harmless and value != getattr(usual, name))
 
 
 def batch_parts(args, step):
@@ -242,32 +245,32 @@ def open_task(args, world):
 
 # --------------------------------------------------------------------------- one learning step
 
-def learn(step, task, args, run, world, real_replay=False):
+def learn(step, task, args, run, world):
     """Invert the old network (Sec. 3.2), then train a grown copy of it (Sec. 3.3)."""
     method, images = METHODS[args.method], task.images[step]
     shown = set().union(*(task.train_labels[i] for i in images))
     if unseen := [task.train_set.classes[c] for c in task.steps[step] if c not in shown]:
         run.log(step=step, warning=f"no training image shows {', '.join(unseen)}")
-    torch.manual_seed(derive_seed(args.seed, step, 1))      # of new weights
-    teacher, gathered, fakes = None, None, []
+    torch.manual_seed(derive_seed(args.seed, step, 1))      # new weights come from this alone
+    teacher, state, fakes = None, None, []
     if step == 0:
-        with world.rank_0_first():                          # it downloads
+        with world.rank_0_first():                          # rank 0 downloads the weights
             student = DeepLabV3(args.backbone, [1 + len(task.steps[0])],
                                 None if args.pretrained == "none" else args.pretrained)
     else:
         expected = task.network(step - 1, args)
         teacher, about = load_model(run.checkpoint(step - 1), world.device, expected)
         teacher.requires_grad_(False)
-        gathered = about.get("gathered")
+        state = about.get("objective")
         if method.own_step0 and about["method"] != args.method:
             raise InputError(f"{run.checkpoint(step - 1)} was trained with --method "
                              f"{about['method']}, and {args.method} needs what its own steps "
                              f"gather; train that step with --method {args.method}")
-        fakes = old_images(teacher, step, task, args, run, world, real_replay)
+        fakes = old_images(teacher, step, task, args, run, world)
         student, _ = load_model(run.checkpoint(step - 1))
         student.add_classes(len(task.steps[step]), method.init)
     student.to(world.device)
-    objective = method(student, teacher, args.lam, gathered)
+    objective = method.objective_of(student, teacher, args.lam, state)
     view = data.View(task.train_set, images,
                      protocol.label_map(task.steps, step, "train", args.void),
                      data.train_transform(args.crop), fakes)
@@ -276,7 +279,7 @@ def learn(step, task, args, run, world, real_replay=False):
     if world.rank == 0:
         save_model(student, run.checkpoint(step), step=step, crop=args.crop, method=args.method,
                    classes=task.names(step), inversion=inversion(args), seconds=run.seconds,
-                   gathered=objective.state_dict())
+                   objective=objective.state_dict())
         run.last.unlink(missing_ok=True)
     world.barrier()
 
@@ -287,13 +290,13 @@ def inversion(args):
             "tv": args.tv, "bn": args.bn, "spectrum": args.spectrum}
 
 
-def old_images(teacher, step, task, args, run, world, real_replay):
+def old_images(teacher, step, task, args, run, world):
     """Paths of the images that stand for the old classes in this step's mini-batches."""
     *_, number = step_length(args, step, len(task.images[step]))
     folder, seed = run.fakes(step), derive_seed(args.seed, step, 2)
     if not number:
         return []
-    if real_replay:
+    if args.fake == "real":
         seen = sorted(set().union(*task.images[:step]))
         return replay(task.train_set, seen, folder, number, size=args.crop, seed=seed, world=world)
     options = inversion(args)
@@ -355,7 +358,11 @@ class Progress:
             yield batch
             self.idle = time.monotonic()
 
-    def log(self, iteration, names, lr):
+    def add(self, terms):
+        self.names = list(terms)
+        self.window.append(torch.stack(list(terms.values())))
+
+    def log(self, iteration, lr):
         values = self.world.sum(torch.stack(self.window))   # (iterations since then, terms)
         values = (values / self.world.size).cpu()
         if not values.isfinite().all():
@@ -363,9 +370,9 @@ class Progress:
             raise FloatingPointError(
                 f"step {self.step}, iteration {iteration - len(values) + 1 + row} of "
                 f"{self.iterations}: a loss is not finite: "
-                f"{dict(zip(names, values[row].tolist()))}. "
+                f"{dict(zip(self.names, values[row].tolist()))}. "
                 f"Try a lower learning rate. {ANOTHER_FOLDER}")
-        now, means = time.monotonic(), dict(zip(names, values.mean(0).tolist()))
+        now, means = time.monotonic(), dict(zip(self.names, values.mean(0).tolist()))
         seconds, left = now - self.since, self.iterations - iteration
         self.run.log(step=self.step, iteration=iteration, of=self.iterations,
                      loss=sum(means.values()), **means, lr=lr, data_wait=self.waited / seconds,
@@ -407,11 +414,11 @@ def train_step(student, objective, view, step, args, run, world):
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        progress.window.append(torch.stack(list(terms.values())))
+        progress.add(terms)
         epoch_ends = iteration % per_epoch == 0 or iteration == iterations
         if iteration % 20 == 0 or epoch_ends:
-            progress.log(iteration, list(terms), scheduler.get_last_lr()[0])
-        run.seconds["training"] = before + time.monotonic() - progress.began
+            progress.log(iteration, scheduler.get_last_lr()[0])
+            run.seconds["training"] = before + time.monotonic() - progress.began
         if epoch_ends and world.rank == 0:
             state = {"step": step, "iteration": iteration, "seconds": run.seconds,
                      **{name: part.state_dict() for name, part in parts.items()}}
@@ -453,22 +460,34 @@ def write_results(task, args, run, world):
     versions = {"python": sys.version.split()[0], "torch": torch.__version__,
                 "torchvision": torchvision.__version__}
     final, path = summarize(confusion, task.groups), run.folder / "results.json"
-    write_json(path, {"settings": vars(args), "flags": off_default(args), "processes": world.size,
+    flags = off_default(args)
+    write_json(path, {"settings": vars(args), "flags": flags, "processes": world.size,
                       "device": str(world.device), "versions": versions, "final": final,
                       "steps": records})
     print(f"\n{args.dataset} {args.task} {args.setting}, {args.method}, after step {last} "
-          f"({path}):\n{table(final, vars(args))}")
+          f"({path}):\n{table(final, vars(args), flags)}")
+
+
+def check_files(task, args, run):
+    """What is wrong with --pretrained and --step0 is said before the run folder is written."""
+    if args.pretrained not in ("imagenet", "none") and not Path(args.pretrained).is_file():
+        raise InputError(f"--pretrained {args.pretrained}: no such file")
+    if args.step0 and not run.checkpoint(0).exists():
+        load_model(args.step0, expected=task.network(0, args),
+                   way_out="train step 0 anew, without --step0")
 
 
 def main(argv=None, real_replay=False):
     """Run a whole task. real_replay: real old images for fakes, which is outside the protocol."""
     args, world = parse(argv), setup()
+    args.fake = "real" if real_replay else args.fake
     check_batch_size(args, world.size)
     task, run = open_task(args, world), Run(args.out, world)
+    check_files(task, args, run)
     if world.rank == 0:
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
         seen = [list(task.train_set.classes), task.train_set.digest, task.test_set.digest]
-        run.claim({**settings, "real_replay": real_replay, "data": sha256(json.dumps(seen))})
+        run.claim({**settings, "data": sha256(json.dumps(seen))})
     world.barrier()
     run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
             torch=torch.__version__)
@@ -478,12 +497,10 @@ def main(argv=None, real_replay=False):
         run.seconds = {}
         if step == 0 and args.step0 and not run.checkpoint(0).exists():
             if world.rank == 0:
-                load_model(args.step0, expected=task.network(0, args),
-                           way_out="train step 0 anew, without --step0")
                 write_atomically(run.checkpoint(0), lambda p: shutil.copyfile(args.step0, p))
             world.barrier()
         if not run.checkpoint(step).exists():
-            learn(step, task, args, run, world, real_replay)
+            learn(step, task, args, run, world)
         score(step, task, args, run, world)
     if world.rank == 0:
         write_results(task, args, run, world)
@@ -491,6 +508,8 @@ def main(argv=None, real_replay=False):
 
 if __name__ == "__main__":
     with plain_errors("train.py"):
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        try:
+            main()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
