@@ -42,7 +42,7 @@ def task_steps(task, num_classes, order=None):
 
 def parse_order(text, classes):
     """--order, ids or names with commas between or a file of them -> the ids, every class once."""
-    if Path(text).exists():
+    if text and Path(text).exists():
         check_file(text)
         try:
             text = Path(text).read_text(encoding="utf-8-sig")

@@ -9,10 +9,15 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import time
+import zlib
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,6 +37,7 @@ import fakes
 import fast
 import methods
 import model
+import pictures
 import protocol
 import reproduce
 import run as run_module
@@ -1301,6 +1307,31 @@ def test_joint_learns_all_classes_on_all_split_lists(tmp_path):
                                      joint=True) == [[0, 1, 3]]
 
 
+def test_an_order_deals_the_classes_and_every_class_is_in_it_once(tmp_path):
+    classes = ["background", "cat", "dog", "cow", "hen"]
+    (tmp_path / "order.txt").write_text("hen\n3\ncat\n2\n")
+    for text in ("4,3,1,2", "hen, cow,1,dog", str(tmp_path / "order.txt")):
+        order = protocol.parse_order(text, classes)
+        assert order == [4, 3, 1, 2]
+    assert protocol.task_steps("2-1", 4, order) == [[4, 3], [1], [2]]
+    assert protocol.task_steps("offline", 4, order) == [[4, 3, 1, 2]]
+    for text, what in (("4,3,1", "dog is missing"), ("4,3,1,1", "1 is unknown or there twice"),
+                       ("4,3,1,cat", "a class is there twice|dog is missing"),
+                       ("4,3,1,0", "0 is unknown"), ("4,3,1,pig", "pig is unknown"),
+                       ("", "cat is missing")):
+        with pytest.raises(InputError, match=f"--order: ({what})"):
+            protocol.parse_order(text, classes)
+
+
+@pytest.mark.parametrize("content", [b"PK\3\4rest", b"\x93NUMPY\1\0\x20\0{'descr': ", b"",
+                                     b"\x93NUMPY\1\0\x4e\0{'descr': '<i8', 'fortran_order': False, "
+                                     b"'shape': (999999999999,), }      \n"])
+def test_a_split_file_that_is_something_else_is_named(tmp_path, content):
+    (tmp_path / "train-0.npy").write_bytes(content)
+    with pytest.raises(InputError, match="--split-dir: cannot read .*train-0.npy"):
+        protocol.read_split(tmp_path, 0, 10)
+
+
 # ------------------------------------------------------------------------------------------ data.py
 
 def test_shapes_are_the_same_pixels_on_every_machine_and_hold_20_classes():
@@ -1591,6 +1622,172 @@ def test_the_official_layouts_load_from_real_files(tmp_path, dataset, task, clas
     assert image.shape == (3, 64, 64) and target.max() < classes
 
 
+@pytest.mark.parametrize("lines", [
+    "train0\ntrain1", "train0.jpg\r\ntrain1.png\r\n", "train0\ntrain1\ntrain0\n",
+    "/JPEGImages/train0.jpg /SegmentationClass/train0.png\n"
+    "/JPEGImages/train1.jpg\t/SegmentationClass/train1.png",
+    "JPEGImages/train0.jpg    SegmentationClass/train0.png\n"
+    "JPEGImages/train1.jpg SegmentationClass/train1.png"])
+def test_lists_are_read_in_all_their_forms(tmp_path, lines, capsys):
+    root = make_folder(tmp_path)
+    (root / "ImageSets/Segmentation/train.txt").write_bytes(lines.encode())
+    dataset = data.load("folder", root, "train")
+    assert [(i.name, m.name) for i, m in zip(dataset.images, dataset.masks)] == [
+        ("train0.jpg", "train0.png"), ("train1.jpg", "train1.png")]
+    assert ("1 lines are repeated" in capsys.readouterr().err) == (lines.count("train0\n") == 2)
+
+
+def test_names_with_blanks_and_in_another_unicode_form_are_found(tmp_path):
+    root = make_folder(tmp_path)
+    for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (root / folder / f"train0.{ending}").rename(root / folder / f"a cow.{ending}")
+        (root / folder / f"train1.{ending}").rename(root / folder / f"M\u00fcnchen.{ending}")
+    (root / "ImageSets/Segmentation/train.txt").write_text("a cow\nMu\u0308nchen\n",
+                                                           encoding="utf-8")
+    assert data.load("folder", root, "train").labels() == [[0, 1, 255], [0, 2, 255]]
+    (root / "ImageSets/Segmentation/train.txt").write_text(
+        "/JPEGImages/a cow.jpg /SegmentationClass/a cow.png\n")
+    assert data.load("folder", root, "train").labels() == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize("breakage, sentence", [
+    (lambda root: (root / "JPEGImages/train0.png").write_bytes(b""),
+     "train0.jpg and train0.png are both there"),
+    (lambda root: (root / "SegmentationClass/val0.bmp").write_bytes(b""),
+     "val0.bmp and val0.png are both there"),
+    (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("/a/../../b.jpg /c/d.png"),
+     r"train.txt: /a/../../b.jpg leads out of"),
+    (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("train0\nno\x1b[31msuch"),
+     r"train.txt: no\[31msuch is listed, but no picture"),
+    (lambda root: [Image.new("L", (36, 40), 255).save(p)
+                   for p in (root / "SegmentationClass").iterdir()],
+     "all masks hold 0 and 255 alone, and 255 is void"),
+])
+def test_what_is_wrong_with_the_lists_and_folders_is_said(tmp_path, breakage, sentence):
+    root = make_folder(tmp_path)
+    breakage(root)
+    with pytest.raises(InputError, match=sentence):
+        data.load("folder", root, "train").labels()
+        data.load("folder", root, "val").labels()
+
+
+def test_hidden_files_are_passed_over_and_class_names_lose_escape_codes(tmp_path):
+    root = make_folder(tmp_path)
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (root / folder / "._train0.jpg").write_bytes(b"x")
+        (root / folder / ".DS_Store").write_bytes(b"x")
+    (root / "classes.txt").write_text("background\ncat\x1b[31m\ndog\ncow\n")
+    dataset = data.load("folder", root, "train")
+    assert dataset.classes[1] == "cat[31m" and len(dataset.labels()) == 6
+
+
+def test_a_damaged_cache_of_labels_is_made_again(tmp_path):
+    dataset = data.load("folder", make_folder(tmp_path), "train")
+    labels, digest, text = dataset.labels(), dataset.digest, dataset.cache.read_text()
+    for damaged in (text.replace("[0, 1, 255]", "[0, 2, 255]", 1), text[:50], "[" * 100_000, ""):
+        dataset.cache.write_text(damaged)
+        assert dataset.labels() == labels and dataset.digest == digest
+
+
+# -------------------------------------------------------------------------------------- pictures.py
+
+def png(rows, bits=8, palette=None):
+    """A PNG of grey numbers or palette indices, `bits` each, written by hand."""
+    chunk = lambda name, body: (struct.pack(">I", len(body)) + name + body
+                                + struct.pack(">I", zlib.crc32(name + body)))
+    lines = b""
+    for row in rows:
+        text = "".join(f"{v:0{bits}b}" for v in row)
+        text += "0" * (-len(text) % 8)
+        lines += b"\0" + bytes(int(text[i:i + 8], 2) for i in range(0, len(text), 8))
+    head = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 3 if palette else 0, 0, 0, 0)
+    colours = chunk(b"PLTE", bytes(sum(palette, ()))) if palette else b""
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + colours
+            + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("palette", [None, [(0, 0, 0), (9, 60, 200)]])
+def test_a_mask_holds_the_ids_that_it_stores_in_any_number_of_bits(tmp_path, bits, palette):
+    rows = [[0, 1, 1], [1, 0, 1]] if palette or bits == 1 else [[0, 1, 2 ** bits - 1], [1, 0, 2]]
+    (tmp_path / "m.png").write_bytes(png(rows, bits, palette))
+    assert np.array(pictures.read_mask(tmp_path / "m.png")).tolist() == rows
+
+
+@pytest.mark.parametrize("colours, ids, sentence", [
+    ([(0, 0, 0), (4, 4, 4)], [0, 1], r"index 1 has the grey of id 4, \(4, 4, 4\)"),
+    ([(0, 0, 0), (255, 255, 255)], [0, 1], "index 1 has the grey of id 255"),
+    ([(0, 0, 0), (0, 128, 0)], [0, 1], "index 1 has VOC's colour of id 2"),
+    ([(224, 224, 192), (128, 0, 0)], [0, 1], "index 0 has VOC's colour of id 255"),
+    ([(0, 0, 0), (0, 128, 0)], [0, 0], None),               # not used
+    ([(0, 0, 0), (128, 0, 0), (0, 128, 0)], [0, 2], None),  # VOC's own
+    ([(0, 0, 0), (1, 1, 1), (2, 2, 2)], [1, 2], None),      # grey's own
+    ([(3, 7, 1), (90, 80, 70)], [0, 1], None),              # somebody's colours
+    ([(0, 0, 0), (30, 30, 30)], [0, 1], None),              # no valid id's grey
+])
+def test_a_palette_that_a_program_has_renumbered_is_refused(tmp_path, colours, ids, sentence):
+    (tmp_path / "m.png").write_bytes(png([ids], 8, colours))
+    if sentence is None:
+        assert np.array(pictures.read_mask(tmp_path / "m.png", 20)).tolist() == [ids]
+    else:
+        with pytest.raises(InputError, match=f"m.png: {sentence}.* save the ids as 8-bit grey"):
+            pictures.read_mask(tmp_path / "m.png", 20)
+
+
+def test_a_mask_must_be_lossless_and_of_one_channel_or_three_equal_ones(tmp_path):
+    ids = Image.fromarray(np.array([[0, 3], [1, 255]], np.uint8))
+    Image.merge("RGB", [ids] * 3).save(tmp_path / "equal.png")
+    ids.save(tmp_path / "ids.tif")
+    ids.save(tmp_path / "ids.bmp")
+    for name in ("equal.png", "ids.tif", "ids.bmp"):
+        assert np.array(pictures.read_mask(tmp_path / name)).tolist() == [[0, 3], [1, 255]]
+    ids.save(tmp_path / "j.jpg")
+    (tmp_path / "j.png").write_bytes((tmp_path / "j.jpg").read_bytes())        # by what it is
+    ids.save(tmp_path / "w.webp")
+    ids.save(tmp_path / "t.tif", compression="jpeg")
+    for name in ("j.jpg", "j.png", "w.webp", "t.tif"):
+        with pytest.raises(InputError, match=f"{name}: a mask must be lossless"):
+            pictures.read_mask(tmp_path / name)
+    Image.new("LA", (2, 2)).save(tmp_path / "la.png")
+    with pytest.raises(InputError, match="la.png: the mask has mode LA"):
+        pictures.read_mask(tmp_path / "la.png")
+
+
+def test_exif_orientation_turns_pictures_wherever_they_are_read(tmp_path):
+    root = make_folder(tmp_path, train=1, val=1)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # stored lying, to be shown upright
+    image = Image.open(root / "JPEGImages/train0.jpg")
+    image.rotate(90, expand=True).save(root / "JPEGImages/train0.jpg", exif=exif, quality=95)
+    dataset = data.load("folder", root, "train")
+    assert dataset.labels() == [[0, 1, 255]]                # the sizes fit only when it is turned
+    turned, mask = (np.array(part).astype(float) for part in dataset.read(0))
+    inside = np.abs(turned - data.palette()[1]).sum(2)[mask == 1]
+    # the class's colour, where the mask has it
+    assert inside.mean() < 60
+
+
+def test_hostile_metadata_and_pipes_are_one_sentence_or_read(tmp_path):
+    big = zlib.compress(b"a" * 80_000_000)
+    whole = png([[0, 1]])
+    for name, body in ((b"zTXt", b"k\0\0" + big), (b"iTXt", b"k\0\1\0\0\0" + big),
+                       (b"iCCP", b"k\0\0" + big)):
+        chunk = struct.pack(">I",
+                            len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        (tmp_path / "m.png").write_bytes(whole[:33] + chunk + whole[33:])
+        try:
+            assert np.array(pictures.read_mask(tmp_path / "m.png")).tolist() == [[0, 1]]
+        except InputError as error:
+            assert "m.png: not a readable mask" in str(error)
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (pictures.read_image, pictures.read_mask, model.load_model,
+                 lambda path: run_module.read_json(path, {})):
+        with pytest.raises(InputError, match="pipe.png: not a regular file"):
+            read(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match="null byte"):
+        pictures.read_image("a\0b.png")
+
+
 # ----------------------------------------------------------------------------------------- fakes.py
 
 @pytest.mark.parametrize("num_images, num_classes, most",
@@ -1819,6 +2016,22 @@ def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
                             "does not know")):
         with pytest.raises(InputError, match=problem):
             evaluation.main([f"{finished}/run", *flags])
+
+
+def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch):
+    paths, calls, invert = make_fakes(tmp_path), [], fakes.invert
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(fakes, "invert", lambda *a, **k: (calls.append(1), invert(*a, **k))[1])
+    for damage in (lambda: paths[5].write_bytes(before[paths[5].name][:-1]),
+                   lambda: paths[9].unlink()):
+        damage()
+        calls.clear()
+        make_fakes(tmp_path)
+        assert len(calls) == 1                              # its batch alone
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    (tmp_path / "manifest.jsonl").write_text("{")
+    make_fakes(tmp_path)
+    assert len(calls) == 4 and {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 # ------------------------------------------------------------------ run.py and train.py, end to end
@@ -2334,6 +2547,201 @@ def test_a_method_of_your_own_is_a_function_and_a_line(finished, tmp_path, monke
     assert {line["step"] for line in read_log(tmp_path / "run") if "mine" in line} == {0, 1}
 
 
+def test_one_process_owns_a_run_folder_from_its_first_write_to_its_end(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from run import Run; run = Run(sys.argv[1]); "
+         "run.claim({'dataset': 'x', 'data': 'y', 'step0': None}); print('mine', flush=True); "
+         "time.sleep(60)", str(tmp_path / "run")], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "mine\n"
+        with pytest.raises(InputError, match="in use by another process"):
+            Run(tmp_path / "run").claim({"dataset": "x", "data": "y", "step0": None})
+    finally:
+        holder.kill()
+        holder.wait()
+    # the lock died with it
+    Run(tmp_path / "run").claim({"dataset": "x", "data": "y", "step0": None})
+
+
+@pytest.mark.parametrize("error, sentence", [
+    (RuntimeError("CUDA out of memory. Tried"), "memory is short: lower --fake-batch"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is short"),
+    (MemoryError(), "memory is short"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers 0"),
+    (RuntimeError("unable to allocate shared memory(shm)"), "--shm-size"),
+    (RuntimeError("[gloo] Connection closed by peer"), "another process of this run has ended"),
+])
+def test_short_resources_are_one_sentence_with_the_flag_that_helps(capsys, error, sentence):
+    with pytest.raises(SystemExit) as stop, run_module.plain_errors("x.py"):
+        raise error
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"), run_module.plain_errors("x.py"):
+        raise RuntimeError("a bug")                         # is not dressed up
+
+
+def test_a_file_that_cannot_be_written_is_named_with_the_free_space_and_the_old_one_stays(tmp_path):
+    (tmp_path / "f").write_text("old")
+    def full(path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(InputError,
+                       match=r"f: cannot be written \(No space left .* MiB free there\)"):
+        run_module.write_atomically(tmp_path / "f", full)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
+    with pytest.raises(InputError, match="no/f: cannot be written .*no such folder"):
+        run_module.write_atomically(tmp_path / "no/f", lambda p: p.write_text(""))
+
+
+def test_loader_processes_follow_the_cpus_that_the_job_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    quota = lambda text: monkeypatch.setattr(Path, "read_text", lambda self: text)
+    for text, number in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("odd", 6)):
+        quota(text)
+        assert run_module.cpus() == number
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert run_module.default_workers() == 3
+
+
+def limited(command, out, file_size=None, kill_after=None, signals=()):
+    """A script with a limit on its files' size, or signalled some seconds after its first line."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    script = subprocess.Popen([sys.executable, *command], cwd=HERE, text=True,
+                              stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, preexec_fn=limit if file_size else None,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if signals:
+        script.stdout.readline()
+        time.sleep(kill_after)
+        for number in signals:
+            script.send_signal(number)
+    out, err = script.communicate(timeout=120)
+    return script.returncode, err
+
+
+def trial_command(finished, out, flags=""):
+    return ["train.py",
+            *f"{COMMON} --data-root {finished}/data --epochs 2 --out {out} {flags}".split()]
+
+
+def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(finished, tmp_path):
+    # as on a full disk, a write fails: here because a file may not grow beyond this
+    for size, name in ((40_000, "last.pth"), (300, "log.jsonl|settings.json|.labels|step-0")):
+        code, err = limited(trial_command(finished, tmp_path / "run"), tmp_path, file_size=size)
+        assert code == 2 and re.search(f"({name}).*: cannot be written",
+                                       err) and "Traceback" not in err
+    assert limited(trial_command(finished, tmp_path / "run"), tmp_path)[0] == 0
+    assert same_weights(finished / "run/step-2.pth", tmp_path / "run/step-2.pth")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_ends_a_run_with_one_line_and_the_same_command_goes_on(
+        finished, tmp_path, number, code, workers):
+    command = trial_command(finished, tmp_path / "run", f"--workers {workers}")
+    ended, err = limited(command, tmp_path, kill_after=0.5, signals=[number])
+    assert ended == code and re.fullmatch(
+        rf"train.py: stopped by {signal.Signals(number).name}; .*\n", err), err
+    assert limited(command, tmp_path)[0] == 0
+    assert same_weights(finished / "run/step-2.pth", tmp_path / "run/step-2.pth")
+
+
+def test_the_text_of_names_that_a_terminal_lacks_is_replaced(finished, tmp_path):
+    shutil.copytree(finished / "data", tmp_path / "data")
+    (tmp_path / "data/classes.txt").write_text("background\nK\u00e4tzchen\ndog\ncow\n",
+                                               encoding="utf-8")
+    code, out, err = run_script(
+        sys.executable, *trial_command(tmp_path, tmp_path / "run", "--max-iters 1 --fake none"),
+        PYTHONIOENCODING="ascii")
+    assert code == 0, err
+    code, out, err = run_script(sys.executable, "eval.py", f"{tmp_path}/run", "--predict",
+                                f"{tmp_path}/data/JPEGImages", "--out", f"{tmp_path}/p",
+                                PYTHONIOENCODING="ascii")
+    assert code == 0 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("task, copied, sentence", [
+    ("2-1", "1-1", "step-0.pth: its classes differs"),
+    ("1-1", "2-1", "step-0.pth: its classes differs"),
+    ("1-1 --crop 64", "1-1", "step-0.pth: its crop differs"),
+    ("1-1 --backbone resnet18", "1-1", "step-0.pth: its backbone differs")])
+@pytest.mark.parametrize("files", [("step-0.pth",), ("step-0.pth", "step-0.json")])
+def test_step_files_of_another_task_or_network_are_refused(
+        finished, tmp_path, task, copied, sentence, files):
+    source = finished / "run"
+    if copied != "1-1":
+        source = tmp_path / "source"
+        train_on(finished, source, f"--task {copied} --max-iters 1")
+    (tmp_path / "run").mkdir()
+    for name in files:
+        shutil.copyfile(source / name, tmp_path / "run" / name)
+    with pytest.raises(InputError, match=sentence):
+        train_on(finished, tmp_path / "run", f"--max-iters 1 --task {task}")
+
+
+def test_a_damaged_record_is_scored_again_to_the_same_numbers(finished, tmp_path, capsys):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    record = json.loads((tmp_path / "run/step-1.json").read_text())
+    record["confusion"][0][0] += 1
+    (tmp_path / "run/step-1.json").write_text(json.dumps(record))
+    train_on(finished, tmp_path / "run", "--epochs 2")
+    assert "step-1.json: damaged; the step is scored again" in capsys.readouterr().err
+    again = json.loads((tmp_path / "run/results.json").read_text())
+    assert [s["confusion"] for s in again["steps"]] == [s["confusion"] for s in results["steps"]]
+
+
+def test_a_run_in_another_order_of_the_classes_says_so_and_scores_again_exactly(
+        finished, tmp_path, capsys):
+    train_on(finished, tmp_path / "run", "--max-iters 2 --order cow,1,dog")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["settings"]["order"] == [3, 1, 2]
+    assert list(results["steps"][2]["iou"]) == ["background", "cow", "cat", "dog"]
+    assert model.load_model(tmp_path / "run/step-0.pth")[1]["classes"] == ["background", "cow"]
+    evaluation.main([f"{tmp_path}/run"])
+    assert capsys.readouterr().out.count("exactly as recorded") == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(40))
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_end(finished, tmp_path, trial):
+    random = np.random.RandomState(trial)
+    command = trial_command(finished, tmp_path / "run", f"--workers {trial % 2}")
+    for number in [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][:1 + trial % 3]:
+        limited(command, tmp_path, kill_after=random.uniform(0, 4), signals=[number])
+    assert limited(command, tmp_path)[0] == 0
+    for step in range(3):
+        assert same_weights(finished / f"run/step-{step}.pth", tmp_path / f"run/step-{step}.pth")
+        for fake in (finished / f"run/fakes-step-{step}").glob("*.png"):
+            again = tmp_path / f"run/fakes-step-{step}" / fake.name
+            assert fake.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["last.pth", "step-0.pth", "step-1.json", "settings.json",
+                                  "fakes-step-1/00003.png", "fakes-step-1/manifest.jsonl",
+                                  "fakes-step-1/plan.json"])
+@pytest.mark.parametrize("trial", range(20))
+def test_a_flipped_byte_is_mended_named_or_without_effect(finished, tmp_path, name, trial,
+                                                          monkeypatch):
+    run = tmp_path / "run"
+    stop_at(monkeypatch, {("hrhf", 12)}, ("METHODS", "hrhf"))                  # in step 1
+    with pytest.raises(KeyboardInterrupt):
+        train_on(finished, run, "--epochs 2")
+    if name == "step-1.json":
+        train_on(finished, run, "--epochs 2")
+    whole = bytearray((run / name).read_bytes())
+    whole[np.random.RandomState(trial).randint(len(whole))] ^= 1 << trial % 8
+    (run / name).write_bytes(whole)
+    try:
+        train_on(finished, run, "--epochs 2")
+    except InputError as error:
+        assert name.split("/")[0] in str(error) or "other settings" in str(error)
+        return
+    assert same_weights(finished / "run/step-2.pth", run / "step-2.pth")
+    old, new = (json.loads((r / "results.json").read_text()) for r in (finished / "run", run))
+    assert [s["confusion"] for s in old["steps"]] == [s["confusion"] for s in new["steps"]]
+
+
 # ------------------------------------------------------------------------------------------ eval.py
 
 def test_confusion_matrix_against_a_loop_with_void_left_out():
@@ -2485,6 +2893,77 @@ def test_the_papers_tables_are_read_right():
                  "disjoint"]["mib"] == pytest.approx((31.8, (10.4 + 14.8 + 12.8 + 13.6 + 18.7) / 5,
                                                       25.9))
     assert paper["ade", "50-50", "disjoint"]["lwf"] == pytest.approx((5.7, (12.9 + 22.8) / 2, 13.9))
+
+
+def test_one_moved_pixel_is_not_exactly_as_recorded(finished, tmp_path, capsys):
+    for path in (finished / "run").glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    results = json.loads((tmp_path / "results.json").read_text())
+    results["steps"][2]["confusion"][1][1] += 1
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(tmp_path)])
+    assert stop.value.code == 1
+    assert "step 2: differs from results.json in 1 of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage, sentence", [
+    (lambda r: r["steps"].pop(), "not of the 3 steps of this task"),
+    (lambda r: r["steps"][1].pop("confusion"), "results.json: damaged"),
+    (lambda r: r["steps"][1].update(confusion=[[1, "a"], [2, 3]]), "results.json: damaged"),
+    (lambda r: r["steps"][1].update(confusion=[[1]]), "step 1 is not of this run"),
+    (lambda r: r.update(steps="odd"), "results.json: damaged")])
+def test_odd_results_are_one_sentence(finished, tmp_path, damage, sentence):
+    for path in (finished / "run").glob("*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    results = json.loads((tmp_path / "results.json").read_text())
+    damage(results)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match=sentence):
+        evaluation.main([str(tmp_path)])
+
+
+def test_a_picture_that_cannot_be_read_does_not_stop_the_others(finished, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for name in ("b.jpg", "c.png", "d.bmp", "e.webp", "f.tiff"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "in" / name)
+    (tmp_path / "in/a.jpg").write_bytes(b"x")
+    (tmp_path / "in/._b.jpg").write_bytes(b"x")             # hidden
+    (finished / "run/step-9x.pth").touch()                  # no step's
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([f"{finished}/run", "--predict", f"{tmp_path}/in", "--out",
+                         f"{tmp_path}/out"])
+    (finished / "run/step-9x.pth").unlink()
+    assert stop.value.code == 1 and "a.jpg: not a readable image" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").glob("*-mask.png"))) == 5
+
+
+def test_a_prediction_in_bands_is_the_whole_one_and_long_pictures_are_made_smaller(monkeypatch):
+    seen, net = [], tiny((4,)).eval()
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (50, 70, 3), np.uint8))
+    x = torchvision.transforms.v2.functional.to_image(image)[None]
+    x = torchvision.transforms.v2.functional.resize(x, 32)
+    whole = model.upsample(net(data.normalised(x)), torch.empty(50, 70)).argmax(1)[0]
+    bands = lambda H, numbers: [slice(i, i + 7) for i in range(0, H, 7)]
+    monkeypatch.setattr(evaluation, "row_bands", bands)
+    mask = evaluation.predict(net, image, 32)
+    # but for rounding
+    assert mask.dtype == torch.uint8 and (mask == whole).float().mean() > 0.999
+    assert len(evaluation.overlay(image, mask).getcolors(10 ** 6)) > 100
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-2:]))
+    assert evaluation.predict(net, Image.new("RGB", (2000, 10)), 32).shape == (10, 2000)
+    assert max(seen[0]) <= 8 * 32
+
+
+@pytest.mark.slow
+def test_a_picture_of_40_megapixels_and_151_classes_takes_less_than_2_gb(tmp_path):
+    code = ("import resource; from PIL import Image; import eval; from model import DeepLabV3;"
+            "net = DeepLabV3('mobilenet_v2', [151]).eval();"
+            "image = Image.new('RGB', (8000, 5000), (9, 99, 50));"
+            "mask = eval.predict(net, image, 512); mask[::7] = 3; eval.overlay(image, mask);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert int(done.stdout) * 1024 < 2e9, done.stderr
 
 
 # ------------------------------------------------------------------------------------- bench.py

@@ -222,7 +222,7 @@ class Task(NamedTuple):
 def open_task(args, world):
     """The Task; what is wrong with the data is said here, before anything is trained."""
     train_set, test_set = (data.load(args.dataset, args.data_root, s) for s in ("train", "val"))
-    if args.order and not isinstance(args.order, list):
+    if isinstance(args.order, str):
         args.order = protocol.parse_order(args.order, train_set.classes)
     groups = protocol.task_steps(args.task, len(train_set.classes) - 1, args.order)
     labels = (train_set.labels(), test_set.labels()) if world.rank == 0 else None
