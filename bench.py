@@ -263,17 +263,22 @@ def training(backbone="resnet101", B=2, size=512, iterations=80):
 
 
 def make_folder(folder, number, distinct=50):
-    """A data set in VOC's layout, 500 x 375: the first of Shapes, enlarged, again and again."""
+    """A data set in VOC's layout, 500 x 375: some of Shapes, enlarged, under `number` names."""
     shapes = data.Shapes("val")
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / name).mkdir(parents=True)
-    for i in range(distinct):
+    paths = lambda i: (folder / f"JPEGImages/{i}.jpg", folder / f"SegmentationClass/{i}.png")
+    for i in range(min(distinct, number)):
         image, mask = (picture.resize((500, 375), how) for picture, how in zip(
             shapes.read(i), (Image.Resampling.BICUBIC, Image.Resampling.NEAREST)))
-        image.save(folder / f"JPEGImages/{i}.jpg", quality=90)
-        mask.save(folder / f"SegmentationClass/{i}.png")
+        mask.putpalette(data.palette().tobytes())
+        image.save(paths(i)[0], quality=90)
+        mask.save(paths(i)[1])
+    for i in range(distinct, number):
+        for source, target in zip(paths(i % distinct), paths(i)):
+            os.link(source, target)
     for split, length in (("train", number), ("val", 8)):
-        names = "".join(f"{i % distinct}\n" for i in range(length))
+        names = "".join(f"{i}\n" for i in range(length))
         (folder / f"ImageSets/Segmentation/{split}.txt").write_text(names)
     (folder / "classes.txt").write_text("\n".join(shapes.classes))
 
@@ -351,7 +356,7 @@ def images_of_steps(args):
         known = json.loads((Path(__file__).parent / source).read_text()).get(args.dataset, {})
         task = "offline" if METHODS[args.method].joint else args.task
         counts = known.get(f"{task} {args.setting}")
-        if counts is None or args.split_dir:
+        if counts is None or args.split_dir or args.order:
             raise
         steps = protocol.task_steps(task, known["classes"])
         return steps, counts, known["test"], f"as recorded in {source}"

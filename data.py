@@ -25,7 +25,7 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-from pictures import ENDINGS, palette, read_image, read_mask
+from pictures import ENDINGS, image_size, palette, read_image, read_mask
 from protocol import VOID
 from run import (InputError, check_file, cpus, derive_seed, plain_errors, printable, sha256,
                  write_atomically)
@@ -43,10 +43,10 @@ def scan_file(image_path, mask_path, num_classes):
 
     Both are decoded: a damaged picture is found here, not days later.
     """
-    mask, image = read_mask(mask_path, num_classes), read_image(image_path)
-    if image.size != mask.size:
+    mask, size = read_mask(mask_path, num_classes), image_size(image_path)
+    if size != mask.size:
         raise InputError(f"{mask_path}: the mask is {mask.size[0]} x {mask.size[1]} pixels, "
-                         f"but its image {image_path} is {image.size[0]} x {image.size[1]}")
+                         f"but its image {image_path} is {size[0]} x {size[1]}")
     ids = [i for i, count in enumerate(mask.histogram()) if count]
     unknown = [i for i in ids if num_classes < i < VOID]
     if unknown:
