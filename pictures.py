@@ -44,10 +44,19 @@ def open_picture(path, what, eighth=False):
     return picture, size, stored if isinstance(stored, str) else (stored or [None])[0], turn
 
 
+def upright(picture, turn, path):
+    if turn not in range(2, 9):
+        return picture
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception as error:
+        raise InputError(f"{path}: its EXIF block is damaged ({error}); save it without") from None
+
+
 def read_image(path):
     """The picture as RGB, turned as a viewer shows it. Raises InputError that names it."""
     image, _, _, turn = open_picture(path, "image")
-    return (image if turn == 1 else ImageOps.exif_transpose(image)).convert("RGB")
+    return upright(image, turn, path).convert("RGB")
 
 
 def image_size(path):
@@ -76,7 +85,7 @@ def read_mask(path, num_classes=VOID - 1):
                          "class ids (P or L)")
     if mask.mode == "P":
         check_palette(mask, path, num_classes)
-    return mask if turn == 1 else ImageOps.exif_transpose(mask)
+    return upright(mask, turn, path)
 
 
 def check_palette(mask, path, num_classes):

@@ -84,6 +84,8 @@ def plain_errors(program):
         number = signalled.args[0]
         code, name = 128 + number, signal.Signals(number).name
         sentence = f"stopped by {name}; nothing is lost, the same command goes on"
+        if os.environ.get("RANK", "0") != "0":
+            sys.exit(code)                                  # one line for all ranks
     except (RuntimeError, MemoryError) as error:
         known = [advice for text, advice in RESOURCES.items() if text in str(error)]
         if not known and not isinstance(error, MemoryError):
