@@ -51,14 +51,21 @@ RESOURCES = {                           # in what PyTorch says -> what to do
 
 
 def stop(number, frame):
+    """Raise Stopped; again every second, as Python drops what is raised inside a destructor."""
     signal.signal(number, signal.SIG_DFL)                   # a second one ends at once
+    if hasattr(signal, "setitimer"):                        # not on Windows
+        def again(*_):
+            raise Stopped(number)
+        signal.signal(signal.SIGALRM, again)
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
     raise Stopped(number)
 
 
 def quiet_worker(_):
-    """A loader process ends with its parent: a Ctrl-C in the terminal is not its own."""
+    """A loader process ends with its parent, to whom its errors go: it says nothing of its own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = lambda *_: None
 
 
 @contextlib.contextmanager
@@ -71,6 +78,8 @@ def plain_errors(program):
         stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    sys.unraisablehook = lambda what: None if what.exc_type is Stopped else \
+        sys.__unraisablehook__(what)
     code = 2
     try:
         yield
@@ -81,6 +90,8 @@ def plain_errors(program):
     except OSError as error:
         sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
     except Stopped as signalled:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         number = signalled.args[0]
         code, name = 128 + number, signal.Signals(number).name
         sentence = f"stopped by {name}; nothing is lost, the same command goes on"
