@@ -13,6 +13,7 @@ three conventions for the background, so all three are printed; the first is MiB
 """
 import argparse
 import csv
+import io
 import math
 import re
 import sys
@@ -158,7 +159,7 @@ def compare(runs, csv_path):
     number.
     """
     cells, paper = {}, paper_results()
-    lines = ["run,method,dataset,task,setting,seed,group,mIoU,paper"]
+    lines = ["run method dataset task setting seed group mIoU paper".split()]
     for run in runs:
         path = Path(run) / "results.json"
         if not Path(run).is_dir():
@@ -175,8 +176,7 @@ def compare(runs, csv_path):
         text = " / ".join(f"{v:.1f}" for v in ours)
         text += f" ({' / '.join(f'{v:.1f}' for v in theirs)})" if theirs[0] is not None else ""
         cells.setdefault(label, {}).setdefault(column, []).append(text)
-        lines += [f"{run},{label},{','.join(column)},{s['seed']},{group},{v:.2f},"
-                  + ("" if p is None else f"{p:.1f}")
+        lines += [[run, label, *column, s["seed"], group, f"{v:.2f}", p and f"{p:.1f}"]
                   for group, v, p in zip(("old", "new", "all"), ours, theirs)]
     columns = list(dict.fromkeys(c for row in cells.values() for c in row))
     heads = " | ".join(" ".join(c) for c in columns)
@@ -184,7 +184,9 @@ def compare(runs, csv_path):
     print("|---" * (1 + len(columns)) + "|")
     for label, row in cells.items():
         print(f"| {label} | " + " | ".join("; ".join(row.get(c, ["-"])) for c in columns) + " |")
-    write_atomically(csv_path, lambda p: p.write_text("\n".join(lines) + "\n"))
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_atomically(csv_path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def print_fakes(scores):

@@ -253,8 +253,8 @@ def upsample(logits, like):
 def save_model(model, path, **about):
     """Write a step's checkpoint: weights, and what load_model and a reader need to know of them."""
     write_atomically(path, lambda p: torch.save(
-        {"model": model.state_dict(), "backbone": model.backbone,
-         "classes_per_step": model.classes_per_step, **about}, p))
+        {**about, "model": model.state_dict(), "backbone": model.backbone,
+         "classes_per_step": model.classes_per_step}, p))
 
 
 def read_checkpoint(path, way_out):
@@ -293,7 +293,8 @@ def load_model(path, device="cpu", expected=None, way_out=THIS_STEP_AGAIN):
         model = DeepLabV3(checkpoint["backbone"], sizes)
         model.load_state_dict(checkpoint.pop("model"))
         differing = [key for key, value in (expected or {}).items() if checkpoint[key] != value]
-        checkpoint["crop"], checkpoint["inversion"], checkpoint["method"]
+        for key in ("crop", "inversion", "method", "objective", "seconds"):
+            checkpoint[key]
     except Exception:
         raise InputError(f"{path}: damaged, or no file of train.py; {way_out}") from None
     if differing:

@@ -8,6 +8,7 @@ MiB's (Cermelli et al., 2020), whose protocol the paper follows.
     t           learning step, 0 first
     steps[t]    the class ids that step t adds; background belongs to every step and is in no list
 """
+import os
 import re
 from pathlib import Path
 
@@ -42,8 +43,7 @@ def task_steps(task, num_classes, order=None):
 
 def parse_order(text, classes):
     """--order, ids or names with commas between or a file of them -> the ids, every class once."""
-    if text and Path(text).exists():
-        check_file(text)
+    if os.path.isfile(text):
         try:
             text = Path(text).read_text(encoding="utf-8-sig")
         except ValueError:

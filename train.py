@@ -159,8 +159,10 @@ def off_default(args):
     """The flags by which a run is not the row of the paper's tables that it is named after."""
     usual = parse(["--dataset", args.dataset, "--task", args.task, "--method", args.method])
     harmless = "setting data_root out step0 seed workers amp pretrained".split()
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items()
-                    if name not in harmless and value != getattr(usual, name))
+    off = {name: value for name, value in vars(args).items()
+           if name not in harmless and value != getattr(usual, name)}
+    text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else value
+    return " ".join(f"--{name.replace('_', '-')} {text(value)}" for name, value in off.items())
 
 
 def batch_parts(args, step):
@@ -216,14 +218,16 @@ class Task(NamedTuple):
 
     def network(self, step, args):
         """What a checkpoint of a step must say of itself: it may be a copy of another run's."""
-        return {"backbone": args.backbone, "classes": self.names(step), "crop": args.crop}
+        return {"backbone": args.backbone, "classes": self.names(step), "crop": args.crop,
+                "setting": args.setting, "void": args.void}
 
 
 def open_task(args, world):
     """The Task; what is wrong with the data is said here, before anything is trained."""
     train_set, test_set = (data.load(args.dataset, args.data_root, s) for s in ("train", "val"))
     if isinstance(args.order, str):
-        args.order = protocol.parse_order(args.order, train_set.classes)
+        order = protocol.parse_order(args.order, train_set.classes)
+        args.order = None if order == sorted(order) else order
     groups = protocol.task_steps(args.task, len(train_set.classes) - 1, args.order)
     labels = (train_set.labels(), test_set.labels()) if world.rank == 0 else None
     train_labels, test_labels = world.from_rank_0(labels)
@@ -261,11 +265,8 @@ def learn(step, task, args, run, world):
         expected = task.network(step - 1, args)
         teacher, about = load_model(run.checkpoint(step - 1), world.device, expected)
         teacher.requires_grad_(False)
-        state = about.get("objective")
-        if method.own_step0 and about["method"] != args.method:
-            raise InputError(f"{run.checkpoint(step - 1)} was trained with --method "
-                             f"{about['method']}, and {args.method} needs what its own steps "
-                             f"gather; train that step with --method {args.method}")
+        state = about["objective"]
+        check_method(run.checkpoint(step - 1), about, args)
         fakes = old_images(teacher, step, task, args, run, world)
         student, _ = load_model(run.checkpoint(step - 1))
         student.add_classes(len(task.steps[step]), method.init)
@@ -277,8 +278,8 @@ def learn(step, task, args, run, world):
     if images:
         train_step(student, objective, view, step, args, run, world)
     if world.rank == 0:
-        save_model(student, run.checkpoint(step), step=step, crop=args.crop, method=args.method,
-                   classes=task.names(step), inversion=inversion(args), seconds=run.seconds,
+        save_model(student, run.checkpoint(step), **task.network(step, args), step=step,
+                   method=args.method, inversion=inversion(args), seconds=run.seconds,
                    objective=objective.state_dict())
         run.last.unlink(missing_ok=True)
     world.barrier()
@@ -468,13 +469,24 @@ def write_results(task, args, run, world):
           f"({path}):\n{table(final, vars(args), flags)}")
 
 
+def check_method(path, about, args):
+    """Refuse to build a method upon a step whose loss was another one, or that gathered nothing."""
+    theirs = METHODS.get(about["method"])
+    foreign = METHODS[args.method].own_step0 or theirs is None or theirs.own_step0
+    gathers = METHODS[args.method].importance and not about["objective"]
+    if foreign and about["method"] != args.method or gathers:
+        raise InputError(f"{path} was trained with --method {about['method']}, and {args.method} "
+                         f"needs a step of its own; train that step with --method {args.method}")
+
+
 def check_files(task, args, run):
     """What is wrong with --pretrained and --step0 is said before the run folder is written."""
     if args.pretrained not in ("imagenet", "none") and not Path(args.pretrained).is_file():
         raise InputError(f"--pretrained {args.pretrained}: no such file")
     if args.step0 and not run.checkpoint(0).exists():
-        load_model(args.step0, expected=task.network(0, args),
-                   way_out="train step 0 anew, without --step0")
+        _, about = load_model(args.step0, expected=task.network(0, args),
+                              way_out="train step 0 anew, without --step0")
+        check_method(args.step0, about, args)
 
 
 def main(argv=None, real_replay=False):
@@ -492,14 +504,14 @@ def main(argv=None, real_replay=False):
     run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
             torch=torch.__version__)
     for step in range(len(task.steps)):
-        if world.from_rank_0(bool(run.read_record(step))):
+        if world.from_rank_0(world.rank == 0 and bool(run.read_record(step))):
             continue
         run.seconds = {}
         if step == 0 and args.step0 and not run.checkpoint(0).exists():
             if world.rank == 0:
                 write_atomically(run.checkpoint(0), lambda p: shutil.copyfile(args.step0, p))
             world.barrier()
-        if not run.checkpoint(step).exists():
+        if not world.from_rank_0(run.checkpoint(step).exists()):
             learn(step, task, args, run, world)
         score(step, task, args, run, world)
     if world.rank == 0:
@@ -508,8 +520,6 @@ def main(argv=None, real_replay=False):
 
 if __name__ == "__main__":
     with plain_errors("train.py"):
-        try:
-            main()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
