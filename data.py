@@ -43,7 +43,7 @@ def scan_file(image_path, mask_path, num_classes):
 
     Both are decoded: a damaged picture is found here, not days later.
     """
-    mask, size = read_mask(mask_path, num_classes), image_size(image_path)
+    mask, size = read_mask(mask_path, num_classes, verify=True), image_size(image_path)
     if size != mask.size:
         raise InputError(f"{mask_path}: the mask is {mask.size[0]} x {mask.size[1]} pixels, "
                          f"but its image {image_path} is {size[0]} x {size[1]}")
@@ -62,8 +62,7 @@ class Files:
     """
 
     def __init__(self, images, masks, classes, cache):
-        self.images, self.masks, self.cache = images, masks, Path(cache)
-        self.classes = [printable(name) for name in classes]
+        self.images, self.masks, self.classes, self.cache = images, masks, classes, Path(cache)
         if not images:
             raise InputError(f"{self.cache.parent}: no images found")
 
@@ -98,7 +97,7 @@ class Files:
     def cached(self):
         """The last scan, {} if there is none or it is damaged."""
         try:
-            found = json.loads(self.cache.read_text())
+            found = json.loads(self.cache.read_text()) if self.cache.is_file() else {}
             return found if found["sha256"] == sha256(json.dumps(found["scan"])) else {}
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return {}
@@ -126,17 +125,17 @@ def voc_layout(root, classes, list_name, mask_folder):
     """VOC's folders. A list has a name a line, or MiB's two columns of paths below the root,
     "/JPEGImages/x.jpg /SegmentationClassAug/x.png", apart by blanks or a tab."""
     path = root / "ImageSets" / "Segmentation" / f"{list_name}.txt"
-    lines = list(dict.fromkeys(read_lines(path)))
-    if repeated := len(read_lines(path)) - len(lines):
-        print(f"note: {path}: {repeated} lines are repeated; each is kept once", file=sys.stderr)
+    lines = read_lines(path)
     two_columns = [re.split(r"\s*\t\s*|\s+(?=/)|\s\s+", line) for line in lines]
     two_columns = [c if len(c) == 2 else line.split() for c, line in zip(two_columns, lines)]
     if all(len(c) == 2 and all("/" in p for p in c) for c in two_columns):
-        pairs = [[below(root, column, path) for column in columns] for columns in two_columns]
+        pairs = [tuple(below(root, name, path) for name in columns) for columns in two_columns]
     else:
         folders = pictures(root / "JPEGImages"), pictures(root / mask_folder)
-        pairs = [[picture_called(line, folder, path) for folder in folders] for line in lines]
-    images, masks = zip(*pairs)
+        pairs = [tuple(picture_called(line, folder, path) for folder in folders) for line in lines]
+    if repeated := len(pairs) - len(set(pairs)):
+        print(f"note: {path}: {repeated} lines are repeated; each is kept once", file=sys.stderr)
+    images, masks = zip(*dict.fromkeys(pairs))
     return Files(list(images), list(masks), classes, root / f".labels-{list_name}.json")
 
 
@@ -207,11 +206,12 @@ def load(name, root, split):
                  "val": ("val", "SegmentationClass")}
         return voc_layout(root / "VOCdevkit" / "VOC2012", VOC_CLASSES, *lists[split])
     if name == "folder":
-        classes = read_lines(root / "classes.txt")
-        if not 2 <= len(set(classes)) == len(classes) <= VOID:
+        classes = [printable(name) for name in read_lines(root / "classes.txt")]
+        names = {"background", *classes[1:]} - {""}         # what results call them
+        if not 2 <= len(names) == len(classes) <= VOID:
             raise InputError(
                 f"{root / 'classes.txt'}: expected 2 to {VOID} different names, background first, "
-                f"got {len(classes)} lines with {len(set(classes))} names")
+                f"got {len(classes)} lines with {len(names)} names")
         return voc_layout(root, classes, split, "SegmentationClass")
     return ade(root / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split])
 
@@ -219,11 +219,11 @@ def load(name, root, split):
 def ade(root, folder):
     images = list(pictures(root / "images" / folder).values())
     masks = [root / "annotations" / folder / f"{p.stem}.png" for p in images]
-    try:                                    # a header line, then Idx Ratio Train Val Name
-        names = [line.split("\t")[-1].split(",")[0].strip()
-                 for line in (root / "objectInfo150.txt").read_text().splitlines()[1:151]]
-    except OSError:
-        names = [f"class {i}" for i in range(1, 151)]
+    names, info = [f"class {i}" for i in range(1, 151)], root / "objectInfo150.txt"
+    if info.is_file():                      # a header line, then Idx Ratio Train Val Name
+        for i, line in enumerate(info.read_text("utf-8", "replace").splitlines()[1:151]):
+            name = printable(line.split("\t")[-1].split(",")[0].strip())
+            names[i] = name if name and name not in names[:i] else f"{name} {i + 1}".strip()
     return Files(images, masks, ["other", *names], root / f".labels-{folder}.json")
 
 

@@ -186,7 +186,8 @@ def compare(runs, csv_path):
         print(f"| {label} | " + " | ".join("; ".join(row.get(c, ["-"])) for c in columns) + " |")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
-    write_atomically(csv_path, lambda p: p.write_text(text.getvalue(), encoding="utf-8"))
+    write_atomically(csv_path, lambda p: p.write_text(text.getvalue(), encoding="utf-8",
+                                                       errors="replace"))
 
 
 def print_fakes(scores):
@@ -205,8 +206,10 @@ def print_fakes(scores):
 def predict(model, image, crop):
     """PIL image -> (H, W) uint8 ids at the image's own size; the short side is scaled to `crop`."""
     device, (W, H) = next(model.parameters()).device, image.size
-    # A picture more elongated than 8:1 is made smaller, for want of memory.
-    transform = v2.Compose([v2.ToImage(), v2.Resize(crop, max_size=8 * crop), *data.normalise()])
+    size, most = crop, 8 * crop
+    if max(W, H) > 8 * min(W, H):                       # long ones are made smaller, for memory
+        size = [max(1, most * side // max(W, H)) for side in (H, W)]
+    transform = v2.Compose([v2.ToImage(), v2.Resize(size), *data.normalise()])
     logits = model.eval()(transform(image).unsqueeze(0).to(device))
     bands = [upsample_rows(logits, rows, H, W).argmax(1)[0].to(torch.uint8).cpu()
              for rows in row_bands(H, logits.shape[1] * W)]
@@ -303,6 +306,8 @@ def score_fakes(run, step, judge, dataset, device):
         raise InputError(f"--fakes {step}: {folder} holds no finished set of fakes")
     networks = [(model, about["classes"]) for path in (run.checkpoint(step - 1), judge) if path
                 for model, about in [load_model(path, device)]]
+    if gone := [c for c in networks[0][1][1:] if c not in dataset.classes]:
+        raise InputError(f"{run.folder}: knows {gone[0]}, which --data-root has not")
     if judge and (unknown := [c for c in networks[0][1] if c not in networks[1][1]]):
         raise InputError(f"--judge {judge}: does not know {unknown[0]}")
     print_fakes(judge_fakes(folder, networks[0], dataset, *networks[1:]))
@@ -317,7 +322,10 @@ def score_again(run, settings, dataset, world):
                     for step in results["steps"]]
     except (LookupError, TypeError, ValueError, RuntimeError):
         raise InputError(f"{path}: damaged; remove it, then run train.py again") from None
-    groups = protocol.task_steps(settings["task"], len(dataset.classes) - 1, settings["order"])
+    order, n = settings["order"], len(dataset.classes) - 1
+    if order is not None and sorted(map(str, order)) != sorted(map(str, range(1, n + 1))):
+        raise InputError(f"{run.folder}/settings.json: its order is not of the data's {n} classes")
+    groups = protocol.task_steps(settings["task"], n, order)
     steps = groups if len(recorded) > 1 else [sum(groups, [])]              # Joint has one step
     if len(recorded) != len(steps):
         raise InputError(f"{path}: not of the {len(steps)} steps of this task; run train.py again")

@@ -7,9 +7,9 @@ writes the paper's Figure 3: the same noise, inverted once for every --r (0.5, 5
 network's own segmentation underneath. A folder of fakes holds
 
     00000.png, ...      the images
-    manifest.jsonl      a line per image: file, its digest, classes (background first), r of each,
-                        the seed of its batch, and found: the share of pixels that the network gives
-                        to each class asked for, at its own stride
+    manifest.jsonl      a line per image: file, its digest, classes (background first), r of each as
+                        text, the seed of its batch, found: the share of pixels that the network
+                        gives to each class asked for, at its own stride; and the line's own digest
     plan.json           the settings, and a digest of the network
 """
 import argparse
@@ -147,15 +147,17 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
 def read_lines(path):
     """{name of a fake: its line} of a manifest or a batch; {} if that is not there or damaged."""
     try:
-        return {line["file"]: line for line in map(json.loads, path.read_text().splitlines())}
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return {line["file"]: line for line in map(json.loads, lines)}
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
 
 def intact(path, lines):
     """Whether a fake is as its line says: one that is not is made again, with its batch."""
-    digest = lines.get(path.name, {}).get("sha256")
-    return path.is_file() and sha256(path.read_bytes()) == digest
+    line = dict(lines.get(path.name, {}))
+    whole = line.pop("line", None) == sha256(json.dumps(line))
+    return whole and path.is_file() and sha256(path.read_bytes()) == line["sha256"]
 
 
 def claim(folder, world, plan):
@@ -200,6 +202,7 @@ def manifest_lines(paths, asked, scales, seed, found):
                       "classes": classes, "seed": seed,
                       "r": [str(v) for v in scales[row, classes].tolist()],
                       "found": found[row, classes].tolist()})
+        lines[-1]["line"] = sha256(json.dumps(lines[-1]))
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 

@@ -265,8 +265,9 @@ def read_checkpoint(path, way_out):
     check_file(path)
     try:
         with zipfile.ZipFile(path) as archive:
-            compressed = any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist())
-            if compressed or archive.testzip():             # torch does not compress
+            # torch neither compresses nor sets attributes, which its reader would heed
+            odd = any(i.compress_type or i.external_attr or i.is_dir() for i in archive.infolist())
+            if odd or archive.testzip():
                 raise ValueError
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict):
@@ -293,8 +294,11 @@ def load_model(path, device="cpu", expected=None, way_out=THIS_STEP_AGAIN):
         model = DeepLabV3(checkpoint["backbone"], sizes)
         model.load_state_dict(checkpoint.pop("model"))
         differing = [key for key, value in (expected or {}).items() if checkpoint[key] != value]
-        for key in ("crop", "inversion", "method", "objective", "seconds"):
-            checkpoint[key]
+        numbers = [*checkpoint["inversion"].values(), *checkpoint["seconds"].values()]
+        if not (all(isinstance(v, (int, float)) and 0 <= v < 1e12 for v in numbers)
+                and isinstance(checkpoint["crop"], int) and 0 < checkpoint["crop"] <= 10 ** 4
+                and {"method", "objective"} <= checkpoint.keys()):
+            raise ValueError
     except Exception:
         raise InputError(f"{path}: damaged, or no file of train.py; {way_out}") from None
     if differing:

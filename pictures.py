@@ -19,26 +19,32 @@ from run import InputError, check_file
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LOSSLESS = ("PNG", "BMP", "TIFF")
+STORED = ("L", "P", "1", "RGB", "L;2", "L;4", "P;1", "P;2", "P;4", "BGR")      # Pillow's raw modes
 FEW_BITS = {"L;2": 85, "L;4": 17}                       # Pillow stretches such grey to 0 .. 255
 
 
-def open_picture(path, what, eighth=False):
+def open_picture(path, what, eighth=False, verify=False):
     """The picture, decoded, its size, how its file stores a pixel, and whether it lies on a side.
 
-    eighth: decode a JPEG at an eighth of its size, which reads every byte of it in less time.
+    eighth: decode a JPEG at an eighth of its size, which reads every byte of it in less time
+    verify: check a PNG's checksums, which decoding passes over
     """
     check_file(path)
     try:
         with warnings.catch_warnings():                 # of odd metadata, of very large pictures
             warnings.simplefilter("ignore")
             picture = Image.open(path)
+            if verify and picture.format == "PNG":
+                picture.verify()
+                picture = Image.open(path)
             size, stored = picture.size, picture.tile[0].args if picture.tile else None
             if eighth:
                 picture.draft(None, (1, 1))
             picture.load()
             turn = picture.getexif().get(0x0112, 1)     # EXIF orientation: 1 is upright
     except Exception as error:                          # Pillow's decoders raise anything
-        raise InputError(f"{path}: not a readable {what} ({error})") from None
+        advice = "; save it without its metadata" * ("MAX_TEXT_CHUNK" in str(error))
+        raise InputError(f"{path}: not a readable {what} ({error}{advice})") from None
     if picture.mode.startswith(("I", "F")):
         raise InputError(f"{path}: the {what} has more than 8 bits a channel; save it with 8")
     return picture, size, stored if isinstance(stored, str) else (stored or [None])[0], turn
@@ -61,13 +67,13 @@ def read_image(path):
 
 def image_size(path):
     """(W, H) of read_image(path), after decoding it: a damaged picture is an InputError."""
-    _, (W, H), _, turn = open_picture(path, "image", eighth=True)
+    _, (W, H), _, turn = open_picture(path, "image", eighth=True, verify=True)
     return (H, W) if turn in (5, 6, 7, 8) else (W, H)
 
 
-def read_mask(path, num_classes=VOID - 1):
+def read_mask(path, num_classes=VOID - 1, verify=False):
     """The mask as a PIL picture of ids, mode P or L. Raises InputError that names what is wrong."""
-    mask, _, stored, turn = open_picture(path, "mask")
+    mask, _, stored, turn = open_picture(path, "mask", verify=verify)
     kind = mask.format
     if kind not in LOSSLESS or "jpeg" in str(mask.info.get("compression")):
         raise InputError(f"{path}: a mask must be lossless, this is {kind}, which changes ids; "
@@ -80,7 +86,7 @@ def read_mask(path, num_classes=VOID - 1):
         mask = Image.fromarray(np.asarray(mask).astype(np.uint8))
     if stored in FEW_BITS and mask.mode == "L":
         mask = mask.point([v // FEW_BITS[stored] for v in range(256)])
-    if mask.mode not in ("P", "L") or str(stored).endswith("I"):
+    if mask.mode not in ("P", "L") or stored not in STORED:
         raise InputError(f"{path}: the mask has mode {mask.mode}, expected one 8-bit channel of "
                          "class ids (P or L)")
     if mask.mode == "P":

@@ -108,7 +108,7 @@ def read_split(split_dir, step, num_images):
     try:
         check_file(path)
         indices = np.load(path, mmap_mode="r")              # a huge shape is not believed
-        if not np.issubdtype(indices.dtype, np.integer) or indices.ndim != 1:
+        if indices.dtype.kind not in "iu" or indices.ndim != 1:
             raise TypeError("not a list of integers")
         indices = sorted(set(indices.tolist()))
     except Exception as error:                              # of a wrong file numpy raises anything

@@ -7,6 +7,7 @@ What a run is: its processes and device, its folder and settings, its seeds, log
     run.log(step=0, iteration=20, loss=1.5)     # one JSON line, to the screen and to log.jsonl
 """
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import signal
 import stat
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -51,14 +53,20 @@ RESOURCES = {                           # in what PyTorch says -> what to do
 
 
 def stop(number, frame):
-    """Raise Stopped; again every second, as Python drops what is raised inside a destructor."""
+    """Raise Stopped; and again, as Python drops what is raised inside a destructor or a fork."""
     signal.signal(number, signal.SIG_DFL)                   # a second one ends at once
     if hasattr(signal, "setitimer"):                        # not on Windows
         def again(*_):
             raise Stopped(number)
         signal.signal(signal.SIGALRM, again)
-        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
     raise Stopped(number)
+
+
+def stop_no_more():
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def quiet_worker(_):
@@ -76,22 +84,25 @@ def plain_errors(program):
     """
     for stream in (sys.stdout, sys.stderr):                 # a terminal that lacks a character
         stream.reconfigure(errors="replace")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    sys.unraisablehook = lambda what: None if what.exc_type is Stopped else \
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    ending = []                                             # a sentence is enough by then
+    sys.unraisablehook = lambda what: None if ending or what.exc_type is Stopped else \
         sys.__unraisablehook__(what)
     code = 2
     try:
         yield
+        stop_no_more()
+        for number, handler in before.items():
+            signal.signal(number, handler)
         return
     except (InputError, FloatingPointError) as error:
         # An error in a loader's worker arrives with the worker's traceback in front.
         sentence = str(error).strip().splitlines()[-1].removeprefix("run.InputError: ")
     except OSError as error:
-        sentence = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        sentence = f"{error.filename}: {error.strerror}" if error.filename else \
+            LOADER if error.errno == errno.ENOSPC else str(error)       # shared memory has no name
     except Stopped as signalled:
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        stop_no_more()
         number = signalled.args[0]
         code, name = 128 + number, signal.Signals(number).name
         sentence = f"stopped by {name}; nothing is lost, the same command goes on"
@@ -102,11 +113,21 @@ def plain_errors(program):
         if not known and not isinstance(error, MemoryError):
             raise
         sentence = (known or [MEMORY])[0]
+    ending.append(code)
     print(f"{program}: {sentence}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 # --------------------------------------------------------------------------------------- files
+
+def contents(checkpoint):
+    """A digest of a checkpoint by its zip's checksums, without reading it all; None without one."""
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:
+            return sha256(json.dumps([[i.filename, i.CRC] for i in archive.infolist()]))
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+
 
 def write_atomically(path, write):
     """Call write(temporary_path), then rename: a reader never sees half a file, also after a power
@@ -151,17 +172,21 @@ def check_file(path):
 
 
 def write_json(path, value, indent=None):
+    """Write a dict, with a digest of it under "sha256"."""
+    value = {key: v for key, v in value.items() if key != "sha256"}
+    value["sha256"] = sha256(strict_json(value))
     write_atomically(path, lambda p: p.write_text(strict_json(value, indent=indent)))
 
 
 def read_json(path, expected, way_out="remove it, then run train.py again, which writes it anew"):
-    """A JSON object with the keys of `expected` (name -> type), or InputError naming the file."""
+    """What write_json wrote, with the keys of `expected` (name -> type); InputError if damaged."""
     check_file(path)
     try:
         value = json.loads(Path(path).read_text())
-        if all(isinstance(value[key], kind) for key, kind in expected.items()):
+        if value.pop("sha256") == sha256(json.dumps(value)) and all(
+                isinstance(value[key], kind) for key, kind in expected.items()):
             return value
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise InputError(f"{path}: damaged; {way_out}")
 
@@ -220,9 +245,16 @@ class World(NamedTuple):
         return tensor
 
 
+def of_torchrun(name, default):
+    value = os.environ.get(name, str(default))
+    if not value.isdigit():
+        raise InputError(f"{name}={value}: an environment variable of torchrun's; unset it")
+    return int(value)
+
+
 def setup():
     """The World, from torchrun's environment."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in
+    rank, size, local = (of_torchrun(name, default) for name, default in
                          [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -230,6 +262,8 @@ def setup():
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if size > 1:                                # ranks wait for each other's last batch of fakes
+        if "MASTER_ADDR" not in os.environ:
+            raise InputError("WORLD_SIZE is set without torchrun; unset it, or start with torchrun")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     return World(rank, size, device)
 
@@ -246,7 +280,7 @@ def cpus():
 
 def default_workers():
     """Loader processes for each of the processes that torchrun starts on this machine."""
-    return min(8, cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(8, cpus() // max(1, of_torchrun("LOCAL_WORLD_SIZE", 1)))
 
 
 def autocast(device, enabled):
@@ -269,6 +303,8 @@ def lock(folder):
     Returns the open file, to be kept. Not checked on Windows.
     """
     path = folder / ".lock"
+    if path.exists():
+        check_file(path)
     try:
         file = open(path, "w")
         if fcntl:
@@ -294,24 +330,24 @@ class Run:
     def record(self, step):
         return self.folder / f"step-{step}.json"
 
-    def read_record(self, step):
-        """The scores of a step, {} if there are none or the file is damaged."""
-        path = self.record(step)
-        try:
-            value = json.loads(path.read_text())
-            if value["sha256"] == sha256(json.dumps([value["confusion"], value["seconds"]])):
-                return value
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            pass
-        print(f"note: {path}: damaged; the step is scored again", file=sys.stderr)
-        return {}
+    def read_record(self, step, network):
+        """The scores of a step's checkpoint, {} if there are none: it is scored (again) then.
 
-    def write_record(self, step, confusion, seconds):
-        numbers = json.loads(strict_json([confusion, seconds]))
+        network: what the checkpoint must say of itself; a record may be a copy of another run's
+        """
+        path = self.record(step)
+        if not path.exists():
+            return {}
+        try:
+            record = read_json(path, {"confusion": list, "seconds": dict, "of": list})
+        except InputError:
+            print(f"note: {path}: damaged; the step is scored again", file=sys.stderr)
+            return {}
+        return record if record["of"] == [network, contents(self.checkpoint(step))] else {}
+
+    def write_record(self, step, network, confusion, seconds):
         write_json(self.record(step), {"confusion": confusion, "seconds": seconds,
-                                       "sha256": sha256(json.dumps(numbers))})
+                                       "of": [network, contents(self.checkpoint(step))]})
 
     def fakes(self, step):
         return self.folder / f"fakes-step-{step}"
@@ -338,8 +374,9 @@ class Run:
             if differing:
                 raise InputError(f"{self.folder} holds a run with other settings: "
                                  f"{'; '.join(differing)}. {ANOTHER_FOLDER}")
-        for litter in self.folder.rglob(".*.tmp"):      # of a process that was killed
-            litter.unlink()
+        for litter in [*self.folder.glob(".*.tmp"), *self.folder.glob("fakes-step-*/.*.tmp")]:
+            if re.fullmatch(r"\.[\w-]+\.(json|jsonl|pth|png)\.\d+\.tmp", litter.name):
+                litter.unlink()                             # of a process that was killed
         write_json(path, settings, indent=1)
 
     def log(self, **event):
@@ -347,6 +384,8 @@ class Run:
         if self.rank == 0:
             line, path = strict_json(event, digits=4), self.folder / "log.jsonl"
             print(line, flush=True)
+            if path.exists():
+                check_file(path)
             try:
                 with open(path, "a") as file:
                     print(line, file=file)

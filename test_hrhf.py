@@ -1267,7 +1267,7 @@ def test_partition_gives_every_image_to_one_step_by_the_highest_bid():
     labels, steps = [[0, 1, 3], [1], [2, 255], [0], [2]], [[1, 2], [3]]
     assert protocol.partition_indices(labels, steps, 0) == [1, 2, 4]
     assert protocol.partition_indices(labels, steps, 1) == [0]
-    # N = {1: 2, 2: 3}, total 5. Image 0: 122.5 against 121.67, class 1's; 2 got nothing by that.
+    # N = {1: 2, 2: 3}, total 5. Image 0: 122.5 against 121.67, class 1; 2 got nothing by that.
     # Image 1: class 2. Image 2: class 1 has half of its images, 62.5, class 2 a third, 81.67.
     labels, steps = [[1, 2], [2], [1, 2]], [[1], [2]]
     assert protocol.partition_indices(labels, steps, 0) == [0]
@@ -1275,8 +1275,8 @@ def test_partition_gives_every_image_to_one_step_by_the_highest_bid():
 
 
 def test_partition_weighs_how_full_a_step_is_by_120():
-    # N = {1: 2, 2: 3}, total 5. Image 0: 122.5 against 121.67, class 1; class 2 got nothing by that.
-    # half full, 60 + 55. A weight of 100 would give it to class 2.
+    # N = {1: 4, 2: 2, 3: 104}, total 110. Image 2: class 1, a quarter full, bids 90 + 27.5;
+    # class 2, half full, 60 + 55. A weight of 100 would give it to class 2.
     labels = [[1], [2], [1, 2], [1], [1], *[[3]] * 104]
     assert protocol.partition_indices(labels, [[1], [2], [3]], 0) == [0, 2, 3, 4]
 
@@ -1994,6 +1994,7 @@ def test_fakes_are_judged_class_by_class_as_in_a_naive_count(tmp_path, capsys):
     lines = [{"file": name, "classes": classes,
               "sha256": run_module.sha256((tmp_path / name).read_bytes())}
              for name, classes in asked.items()]
+    lines = [{**line, "line": run_module.sha256(json.dumps(line))} for line in lines]
     (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
     make_folder(tmp_path / "real", train=6, val=1)
     dataset = data.load("folder", tmp_path / "real", "train")
@@ -2827,7 +2828,7 @@ def test_eval_scores_a_run_again_to_the_same_numbers_and_says_so_if_not(finished
     results = json.loads((finished / "run/results.json").read_text())
     results["steps"][1]["confusion"][0][0] -= 4
     results["steps"][1]["confusion"][0][1] += 4
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    run_module.write_json(tmp_path / "results.json", results)
     (tmp_path / "settings.json").write_text((finished / "run/settings.json").read_text())
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(tmp_path)])
@@ -2880,11 +2881,11 @@ def test_compare_prints_one_table_with_the_papers_numbers_and_writes_csv(
                                       ("c", "mib", "15-5", (0.6, None, 0.6)),
                                       ("d", "ewc", "15-1", (0.3, 0.1, 0.25))):
         Path(name).mkdir()
-        Path(name, "results.json").write_text(json.dumps({
+        run_module.write_json(Path(name, "results.json"), {
             "settings": {"dataset": "voc", "task": task, "setting": "disjoint", "method": method,
                          "seed": 1},
             "flags": "--lam 50.0" if name == "d" else "",
-            "final": {"background excluded": dict(zip(("old", "new", "all"), score))}}))
+            "final": {"background excluded": dict(zip(("old", "new", "all"), score))}})
     Path("unfinished").mkdir()
     evaluation.main(["--compare", "a", "b", "c", "d", "unfinished"])
     printed = capsys.readouterr()
@@ -2918,7 +2919,7 @@ def test_one_moved_pixel_is_not_exactly_as_recorded(finished, tmp_path, capsys):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     results = json.loads((tmp_path / "results.json").read_text())
     results["steps"][2]["confusion"][1][1] += 1
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    run_module.write_json(tmp_path / "results.json", results)
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(tmp_path)])
     assert stop.value.code == 1
@@ -2936,7 +2937,7 @@ def test_odd_results_are_one_sentence(finished, tmp_path, damage, sentence):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     results = json.loads((tmp_path / "results.json").read_text())
     damage(results)
-    (tmp_path / "results.json").write_text(json.dumps(results))
+    run_module.write_json(tmp_path / "results.json", results)
     with pytest.raises(InputError, match=sentence):
         evaluation.main([str(tmp_path)])
 

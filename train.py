@@ -219,7 +219,8 @@ class Task(NamedTuple):
     def network(self, step, args):
         """What a checkpoint of a step must say of itself: it may be a copy of another run's."""
         return {"backbone": args.backbone, "classes": self.names(step), "crop": args.crop,
-                "setting": args.setting, "void": args.void}
+                "setting": args.setting, "void": args.void, "step": step,
+                "classes_per_step": [1 + len(self.steps[0]), *map(len, self.steps[1:step + 1])]}
 
 
 def open_task(args, world):
@@ -278,8 +279,8 @@ def learn(step, task, args, run, world):
     if images:
         train_step(student, objective, view, step, args, run, world)
     if world.rank == 0:
-        save_model(student, run.checkpoint(step), **task.network(step, args), step=step,
-                   method=args.method, inversion=inversion(args), seconds=run.seconds,
+        save_model(student, run.checkpoint(step), **task.network(step, args), method=args.method,
+                   inversion=inversion(args), seconds=run.seconds,
                    objective=objective.state_dict())
         run.last.unlink(missing_ok=True)
     world.barrier()
@@ -333,6 +334,8 @@ def go_on(run, step, parts):
     try:
         if state["step"] != step:
             return 0
+        if not 0 < int(state["iteration"]) == state["iteration"]:
+            raise ValueError
         for name, part in parts.items():
             part.load_state_dict(state[name])
         run.seconds.update(state["seconds"])
@@ -441,7 +444,7 @@ def score(step, task, args, run, world):
     if world.rank == 0:
         if step == len(task.steps) - 1:
             save_predictions(model, view, run.folder / "predictions.png", world.device)
-        run.write_record(step, confusion.tolist(), run.seconds)
+        run.write_record(step, task.network(step, args), confusion.tolist(), run.seconds)
         run.log(step=step, **summarize(confusion, task.groups)["background excluded"],
                 seconds=run.seconds)
 
@@ -454,7 +457,7 @@ def write_results(task, args, run, world):
     """
     records, last = [], len(task.steps) - 1
     for step in range(len(task.steps)):
-        record = run.read_record(step)
+        record = run.read_record(step, task.network(step, args))
         confusion = torch.tensor(record["confusion"])
         per_class = dict(zip(["background", *task.names(last)[1:]], iou(confusion).tolist()))
         records.append({"iou": per_class, **summarize(confusion, task.groups), **record})
@@ -498,16 +501,18 @@ def main(argv=None, real_replay=False):
     check_files(task, args, run)
     if world.rank == 0:
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
-        seen = [list(task.train_set.classes), task.train_set.digest, task.test_set.digest]
+        seen = [list(task.train_set.classes), task.train_set.digest, task.test_set.digest,
+                task.images]
         run.claim({**settings, "data": sha256(json.dumps(seen))})
     world.barrier()
     run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
             torch=torch.__version__)
     for step in range(len(task.steps)):
-        if world.from_rank_0(world.rank == 0 and bool(run.read_record(step))):
+        scored = world.rank == 0 and bool(run.read_record(step, task.network(step, args)))
+        if world.from_rank_0(scored):
             continue
         run.seconds = {}
-        if step == 0 and args.step0 and not run.checkpoint(0).exists():
+        if step == 0 and args.step0 and not world.from_rank_0(run.checkpoint(0).exists()):
             if world.rank == 0:
                 write_atomically(run.checkpoint(0), lambda p: shutil.copyfile(args.step0, p))
             world.barrier()
