@@ -1771,6 +1771,32 @@ def test_a_mask_must_be_lossless_and_of_one_channel_or_three_equal_ones(tmp_path
         pictures.read_mask(tmp_path / "la.png")
 
 
+def test_a_flipped_byte_in_a_png_is_found_by_the_scan(tmp_path):
+    root = make_folder(tmp_path, train=1, val=1)
+    for name in ("SegmentationClass/train0.png", "JPEGImages/train0.png"):
+        if name.startswith("J"):
+            (root / "JPEGImages/train0.jpg").unlink()
+            Image.new("RGB", (36, 40), (9, 99, 50)).save(root / name)
+        whole = (root / name).read_bytes()
+        for position in range(41, len(whole) - 16, 7):      # pixels, their checksum included
+            flipped = whole[:position] + bytes([whole[position] ^ 4]) + whole[position + 1:]
+            (root / name).write_bytes(flipped)
+            with pytest.raises(InputError, match="train0.png: not a readable"):
+                data.load("folder", root, "train").labels()
+        (root / name).write_bytes(whole)
+
+
+def test_a_mask_of_16_bits_is_refused_also_as_three_equal_channels(tmp_path):
+    pixels = b"".join(b"\0" + b"\0\1\0\1\0\1" * 2 for _ in range(2))       # id 1 in 16 bits
+    chunk = lambda name, body: (struct.pack(">I", len(body)) + name + body
+                                + struct.pack(">I", zlib.crc32(name + body)))
+    head = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
+                                     + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
+    with pytest.raises(InputError, match="m.png: the mask has mode"):
+        pictures.read_mask(tmp_path / "m.png")
+
+
 def test_exif_orientation_turns_pictures_wherever_they_are_read(tmp_path):
     root = make_folder(tmp_path, train=1, val=1)
     exif = Image.Exif()
@@ -2695,6 +2721,41 @@ def test_step_files_of_another_task_or_network_are_refused(
         shutil.copyfile(source / name, tmp_path / "run" / name)
     with pytest.raises(InputError, match=sentence):
         train_on(finished, tmp_path / "run", f"--max-iters 1 --task {task}")
+
+
+def test_scores_of_another_run_are_not_taken_for_this_ones(finished, tmp_path):
+    train_on(finished, tmp_path / "a", "--max-iters 2 --crop 48 --fake none")
+    train_on(finished, tmp_path / "b", "--max-iters 2 --crop 32 --fake none")
+    scores = json.loads((tmp_path / "b/results.json").read_text())["final"]
+    # beside checkpoints that they do not score
+    for path in (tmp_path / "a").glob("step-*.json"):
+        shutil.copyfile(path, tmp_path / "b" / path.name)
+    train_on(finished, tmp_path / "b", "--max-iters 2 --crop 32 --fake none")
+    assert json.loads((tmp_path / "b/results.json").read_text())["final"] == scores
+    (tmp_path / "c").mkdir()
+    for path in (tmp_path / "a").glob("step-*.json"):       # without checkpoints
+        shutil.copyfile(path, tmp_path / "c" / path.name)
+    train_on(finished, tmp_path / "c", "--max-iters 2 --crop 32 --fake none")
+    assert json.loads((tmp_path / "c/results.json").read_text())["final"] == scores
+
+
+def test_a_list_of_images_that_changes_under_a_run_is_refused(finished, tmp_path):
+    for t in range(3):
+        np.save(tmp_path / f"train-{t}.npy", np.arange(t, 24, 3))
+    flags = f"--max-iters 1 --fake none --split-dir {tmp_path}"
+    train_on(finished, tmp_path / "run", flags)
+    np.save(tmp_path / "train-2.npy", np.arange(2, 12, 3))
+    with pytest.raises(InputError, match="its classes, images or labels have changed"):
+        train_on(finished, tmp_path / "run", flags)
+
+
+def test_hidden_files_of_somebody_else_stay_in_a_folder_that_becomes_a_run(finished, tmp_path):
+    (tmp_path / "notes").mkdir()
+    mine = [tmp_path / ".draft.tmp", tmp_path / "notes/.last.pth.1.tmp"]
+    for path in mine:
+        path.write_text("mine")
+    train_on(finished, tmp_path, "--max-iters 1 --fake none")
+    assert all(path.exists() for path in mine)
 
 
 def test_a_damaged_record_is_scored_again_to_the_same_numbers(finished, tmp_path, capsys):
