@@ -2649,11 +2649,12 @@ def test_loader_processes_follow_the_cpus_that_the_job_may_use(monkeypatch):
 
 def limited(command, out, file_size=None, kill_after=None, signals=()):
     """A script with a limit on its files' size, or signalled some seconds after its first line."""
+    threads = str(torch.get_num_threads())                  # other numbers round differently
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     script = subprocess.Popen([sys.executable, *command], cwd=HERE, text=True,
                               stdout=subprocess.PIPE,
                               stderr=subprocess.PIPE, preexec_fn=limit if file_size else None,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+                              env={**os.environ, "OMP_NUM_THREADS": threads})
     if signals:
         script.stdout.readline()
         time.sleep(kill_after)
@@ -2683,7 +2684,7 @@ def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(finished
 def test_a_signal_ends_a_run_with_one_line_and_the_same_command_goes_on(
         finished, tmp_path, number, code, workers):
     command = trial_command(finished, tmp_path / "run", f"--workers {workers}")
-    ended, err = limited(command, tmp_path, kill_after=0.5, signals=[number])
+    ended, err = limited(command, tmp_path, kill_after=0.1, signals=[number])
     assert ended == code and re.fullmatch(
         rf"train.py: stopped by {signal.Signals(number).name}; .*\n", err), err
     assert limited(command, tmp_path)[0] == 0
