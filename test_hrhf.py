@@ -5,6 +5,7 @@ No downloads, no GPU. Sizes are tiny; the code under test is the code that runs 
 """
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -153,7 +154,7 @@ def one_hot(*classes, C=4):
 # ------------------------------------------------------------------------------------ saa.py, Eq. 1
 
 def test_saa_is_equation_1_in_a_naive_loop_value_and_gradient():
-    s, r = logits(2, 3, 4, 5), torch.tensor([[0.5, 1, 5], [10, 20, 0.1]])
+    s, r = logits(2, 3, 4, 5), torch.tensor([[0.5, 1e-5, 5], [10, 20, 0.1]])
     naive = torch.stack([torch.stack([
         sum(torch.exp(r[b, k] * s[b, k, i, j]) for i in range(4)
             for j in range(5)).div(20).log() / r[b, k]
@@ -449,7 +450,7 @@ def test_voc_and_ade_have_deepinversions_weights_and_plain_adam_folder_and_shape
     # its norms are over the batch, its sum over 107 layers, the first 10 times
     N = 16 * 3 * 512 * 512
     defaults = {k: p.default for k,
-                p in __import__("inspect").signature(seginversion.invert).parameters.items()}
+                p in inspect.signature(seginversion.invert).parameters.items()}
     assert defaults["tv"] == pytest.approx(1e-4 * math.sqrt(N), rel=2e-3)
     assert defaults["bn"] == pytest.approx(0.01 * (107 + 9), rel=1e-3)
     # norm of each image
@@ -2579,6 +2580,8 @@ def test_real_replay_trains_on_real_images_of_earlier_steps_and_its_folder_is_it
 def test_off_default_names_the_flags_that_make_a_run_another_method():
     of = lambda flags: train.off_default(train.parse(flags.split()))
     assert of("") == of("--dataset voc --task 15-5 --method mib --seed 3 --workers 2") == ""
+    assert of("--dataset voc --pretrained weights.pth") == ""
+    assert of("--dataset voc --pretrained none") == "--pretrained none"
     assert of("--dataset voc --backbone tiny --max-iters 2") == "--max-iters 2 --backbone tiny"
     assert of("--dataset voc --lam 0 --r avg --spectrum 1") == "--lam 0.0 --r avg --spectrum 1.0"
     assert of("--method mib --lam 1 --fake noise") == "--lam 1.0 --fake noise"

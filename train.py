@@ -158,7 +158,9 @@ def parse(argv=None):
 def off_default(args):
     """The flags by which a run is not the row of the paper's tables that it is named after."""
     usual = parse(["--dataset", args.dataset, "--task", args.task, "--method", args.method])
-    harmless = "setting data_root out step0 seed workers amp pretrained".split()
+    if args.pretrained != "none":                           # a file may hold the paper's weights
+        usual.pretrained = args.pretrained
+    harmless = "setting data_root out step0 seed workers amp".split()
     off = {name: value for name, value in vars(args).items()
            if name not in harmless and value != getattr(usual, name)}
     text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else value
