@@ -226,7 +226,8 @@ def overlay(image, mask):
     """A PIL image with the colours of a mask's classes laid over it."""
     pixels, seen = v2.functional.pil_to_tensor(image), [k for k in mask.unique().tolist() if k]
     colours = [tuple(data.palette()[k].tolist()) for k in seen]
-    for rows in row_bands(image.height, image.width * max(1, len(seen))) if seen else ():
+    # a mask for each class, and some pictures in float32 that drawing makes on its way
+    for rows in row_bands(image.height, image.width * (32 + len(seen))) if seen else ():
         masks = torch.stack([mask[rows] == k for k in seen])
         pixels[:, rows] = draw_segmentation_masks(pixels[:, rows], masks, alpha=0.6, colors=colours)
     return v2.functional.to_pil_image(pixels)
