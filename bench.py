@@ -48,7 +48,7 @@ from fast import in_bands
 from methods import METHODS
 from model import DeepLabV3, upsample
 from run import InputError, World, plain_errors
-from seginversion import invert
+from seginversion import invert, stages
 
 REPEATS = 5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -168,17 +168,20 @@ class PublishedMatching(seginversion.BatchNormMatching):
     """As DeepInversion published it: through autograd, the variance of a permuted copy."""
 
     def __enter__(self):
+        self.classes = [type(layer) for layer in self.layers]
         self.hooks = [layer.register_forward_hook(self.compare) for layer in self.layers]
         return self
 
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
+        super().__exit__()
 
     def compare(self, layer, inputs, output):
         mean = inputs[0].mean([0, 2, 3])
         var = inputs[0].permute(1, 0, 2, 3).contiguous().view(len(mean), -1).var(1, unbiased=False)
         layer.distance = (layer.running_var - var).norm() + (layer.running_mean - mean).norm()
+        layer.statistics = torch.stack([mean, var]).detach()
 
 
 def published(*args, **options):
@@ -186,8 +189,8 @@ def published(*args, **options):
         invert(*args, **options)
 
 
-def bare(model, targets, r, size, steps):
-    x = torch.randn(len(targets), 3, size, size, device=DEVICE, requires_grad=True)
+def bare(model, targets, r, sizes, steps):
+    x = torch.randn(len(targets), 3, *2 * sizes, device=DEVICE, requires_grad=True)
     for _ in range(steps):
         x.grad = None
         model(x).sum().backward()
@@ -201,7 +204,7 @@ def inversion(cases=(("mobilenet_v2", 16, 128, 6), ("resnet50", 16, 128, 2))):
         model = DeepLabV3(backbone, [21]).to(DEVICE).eval().requires_grad_(False)
         usual = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         asked = multi_hot([[3]] * B, 21), torch.full((B, 21), 5.0)
-        t = alternate({(form, net): partial(form, net, *asked, size=size, steps=steps)
+        t = alternate({(form, net): partial(form, net, *asked, sizes=[size], steps=steps)
                        for form, net in ((bare, model), (invert_ours, model), (published, model),
                                          (bare, usual), (published, usual))})
         ours, least = t[invert_ours, model], t[bare, model]
@@ -298,7 +301,7 @@ def rank_main(process, size, folder, ready, queue):
                                       train.distributed(student, world), 16 // size, 256, "cpu")
     for images, steps, iterations in ((16, 1, 1), (64, 8, 6)):      # the first to warm up
         ready.wait()
-        inverted = seconds_of(lambda: synthesize(teacher, folder / str(images), images, size=96,
+        inverted = seconds_of(lambda: synthesize(teacher, folder / str(images), images, sizes=[96],
                                                  batch_size=8, steps=steps, world=world))
         ready.wait()
         trained = seconds_of(lambda: [iteration() for _ in range(iterations)])
@@ -378,20 +381,23 @@ def cost(work):
     return flops.get_total_flops(), memory.peak
 
 
-def phases(args, classes, count, test_images, gpus):
+def phases(args, classes, count, fakes, test_images, gpus):
     """The phases of a step, on "meta": name, images, batches, iterations of each; such an iteration
     as a call, and what is there beside it.
 
-    classes: outputs of every step so far; count: training images
+    classes: outputs of every step so far; count, fakes: images of each kind
     """
-    _, iterations, fakes = train.step_length(args, len(classes) - 1, count)
+    _, iterations = train.step_length(args, len(classes) - 1, count)
     student, teacher = networks(args.backbone, classes, "meta")
     weights = [net.state_dict() for net in (student, teacher) if net]
     if fakes and args.fake == "seginversion":
-        options = {"size": args.crop, **train.inversion(args)}
-        targets = multi_hot([[]] * args.fake_batch, sum(classes[:-1]))
-        yield ("SegInversion", fakes, fakes // args.fake_batch, options["steps"],
-               partial(invert, teacher, targets, 1.0, **options | {"steps": 1}), weights[1])
+        options = train.inversion(args)
+        B, steps = min(args.fake_batch, fakes), stages(options["sizes"], options["steps"])
+        for size in options["sizes"]:
+            work = partial(invert, teacher, multi_hot([[]] * B, sum(classes[:-1])), 1.0,
+                           **options | {"steps": 1, "sizes": [size]})
+            yield (f"SegInversion at {size}", fakes, fakes / B, steps.count(size), work,
+                   weights[1])
     objective = METHODS[args.method].objective_of(student, teacher, args.lam)
     loss, local = objective.loss, args.batch_size // gpus
     iteration, kept = training_iteration(loss, student, local, args.crop, "meta")
@@ -414,8 +420,9 @@ def plan(args, gpus, tflops):
            "|---|---|---|---|---|---|---|")
     all_flops = all_hours = 0
     for step, count in enumerate(counts):
+        fakes = train.number_of_fakes(args, step, counts, steps)
         for name, images, batches, iterations, work, there in phases(
-                args, classes[:step + 1], count, test_images, gpus):
+                args, classes[:step + 1], count, fakes, test_images, gpus):
             flops, nbytes = cost(work)          # the memory of a second run, with momentum there
             nbytes += sum(t.nbytes for t in tensors(there))
             rounds = math.ceil(batches / gpus) * iterations

@@ -13,6 +13,7 @@ network's own segmentation underneath. A folder of fakes holds
     plan.json           the settings, and a digest of the network
 """
 import argparse
+import functools
 import json
 import math
 import time
@@ -29,7 +30,7 @@ from data import normalised, read_image
 from model import load_model, upsample
 from run import (InputError, World, derive_seed, plain_errors, read_json, setup, sha256,
                  write_atomically, write_json)
-from seginversion import invert
+from seginversion import invert, statistics_of
 
 R_CHOICES = (0.5, 1, 5, 10, 20)                         # Sec. 4.4, "random"
 FOUND = 0.01                                            # of an image's pixels; fewer are no object
@@ -37,8 +38,8 @@ FOUND = 0.01                                            # of an image's pixels; 
 
 # ------------------------------------------------------------------ what is asked of each image
 
-def balanced_targets(num_images, num_classes, seed, most=3):
-    """Classes to show in each image: 1 to `most` distinct ids out of 1 .. num_classes, sorted.
+def balanced_targets(num_images, classes, seed, most=3):
+    """Classes to show in each image: 1 to `most` distinct ones of `classes`, ids, sorted.
 
     Dealt from shuffled decks, so that over the whole set no class is asked for more than once more
     often than another.
@@ -46,11 +47,11 @@ def balanced_targets(num_images, num_classes, seed, most=3):
     generator = torch.Generator().manual_seed(seed)
     deck, targets = [], []
     for _ in range(num_images):
-        count = 1 + int(torch.randint(min(most, num_classes), (), generator=generator))
+        count = 1 + int(torch.randint(min(most, len(classes)), (), generator=generator))
         chosen = []
         while len(chosen) < count:
             if not deck:
-                deck = (1 + torch.randperm(num_classes, generator=generator)).tolist()
+                deck = [classes[i] for i in torch.randperm(len(classes), generator=generator)]
             chosen.append(deck.pop(next(i for i, c in enumerate(deck) if c not in chosen)))
         targets.append(sorted(chosen))
     return targets
@@ -93,27 +94,33 @@ def multi_hot(classes, C):
 
 # ---------------------------------------------------------------------------- filling the folder
 
-def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", seed=0, most=3,
-               world=World(), report=None, **options):
-    """Fill a folder with num_images fakes of all the classes a model knows.
+def synthesize(model, folder, num_images, *, sizes, batch_size=16, r="random", seed=0, most=3,
+               classes=None, earlier=(), world=World(), report=None, **options):
+    """Fill a folder with num_images fakes of the classes a model knows.
 
     Batch b belongs to rank b % world.size and, for given settings, depends on (seed, b) alone.
     Called again it goes on at the first missing batch; with other settings or another model it
     refuses with InputError. A loss that is not finite is a FloatingPointError.
 
+    sizes:   of invert(); the last is that of the images
     most:    most foreground classes in one image
+    classes: ids to show, if not all but the background; then
+    earlier: paths of fakes of the other classes, whose BatchNorm statistics stand beside these
     report:  called as report(dict) with the progress of this rank
-    options: steps, lr, tv, l2, bn, spectrum of invert()
+    options: part, steps, lr, tv, l2, bn, spectrum of invert()
     Returns the paths of the images, in order, on every rank.
     """
     folder, C = Path(folder), sum(model.classes_per_step)
-    claim(folder, world, {"num_images": num_images, "size": size, "batch_size": batch_size, "r": r,
-                          "seed": seed, "most": most, **options, "model": digest(model)})
+    plan = {"num_images": num_images, "sizes": sizes, "batch_size": batch_size, "r": r,
+            "seed": seed, "most": most, "model": digest(model), **options,
+            "classes": classes, "earlier": [sha256(path.read_bytes()) for path in earlier]}
+    claim(folder, world, plan)
     paths = [folder / f"{i:05d}.png" for i in range(num_images)]
-    asked = balanced_targets(num_images, C - 1, derive_seed(seed, 0), most)
+    asked = balanced_targets(num_images, classes or range(1, C), derive_seed(seed, 0), most)
     part = lambda b: folder / f"batch-{b:05d}.jsonl"
     batches = range(math.ceil(num_images / batch_size))
     whole = read_lines(folder / "manifest.jsonl")
+    others = functools.cache(lambda: statistics_beside(model, earlier, sizes, len(batches)))
     for b in batches[world.rank::world.size]:
         images = slice(b * batch_size, (b + 1) * batch_size)
         there = whole | read_lines(part(b))
@@ -123,7 +130,7 @@ def synthesize(model, folder, num_images, *, size, batch_size=16, r="random", se
         scales = draw_r(r, len(asked[images]), C, batch_seed)
         try:
             terms, found = make_batch(model, paths[images], asked[images], scales,
-                                      size=size, seed=batch_seed, **options)
+                                      sizes=sizes, seed=batch_seed, others=others(), **options)
         except FloatingPointError as error:
             raise FloatingPointError(f"synthesis of batch {b} in {folder}: {error}") from None
         text = manifest_lines(paths[images], asked[images], scales, batch_seed, found)
@@ -179,10 +186,21 @@ def digest(model):
     return sha256(b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values()))
 
 
-def make_batch(model, paths, asked, scales, *, size, seed, **options):
+def statistics_beside(model, earlier, sizes, num_batches):
+    """BatchNorm statistics of earlier fakes, at every size; None without any. Of num_batches new
+    batches each is to be matched with all of them, and counts for all new ones then."""
+    if not earlier:
+        return None
+    images = torch.cat([normalised(read_pixels(path)[None]) for path in earlier])
+    images = images.to(next(model.parameters()).device)
+    of_size = {size: statistics_of(model, images, size) for size in sizes}
+    return {size: (number / num_batches, s) for size, (number, s) in of_size.items()}
+
+
+def make_batch(model, paths, asked, scales, *, seed, **options):
     """Invert a batch and write it; the last loss terms, and the share of each class (B, C)."""
     terms = {}
-    x = invert(model, multi_hot(asked, scales.shape[1]), scales, size=size, seed=seed,
+    x = invert(model, multi_hot(asked, scales.shape[1]), scales, seed=seed,
                on_step=lambda _, named: terms.update(named), **options)
     terms = {name: float(term) for name, term in terms.items()}
     if not all(map(math.isfinite, terms.values())) or not bool(x.isfinite().all()):
@@ -359,8 +377,7 @@ def main(argv=None):
     targets = multi_hot([sets[i % len(sets)] for i in range(args.images)], len(names))
     columns, texts, of_r = [], args.r.split(","), {}
     for text in texts:
-        x = invert(model, targets, parse_r(text), size=about["crop"], seed=args.seed,
-                   **about["inversion"])
+        x = invert(model, targets, parse_r(text), seed=args.seed, **about["inversion"])
         if not bool(x.isfinite().all()):
             raise FloatingPointError(f"r = {text}: a pixel is not finite; use another checkpoint")
         found = class_shares(model, x)

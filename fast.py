@@ -109,44 +109,56 @@ class MeasureAndNormalise(torch.autograd.Function):
         y = s * (x - running_mean) + bias,      s = weight / sqrt(running_var + eps)
         d = || m - running_mean ||_2 + || v - running_var ||_2
 
-    m, v: mean and biased variance of x (B, C, H, W) over its n = B H W values a channel. The
-    gradients of y and d come together, affine in x. Only x gets one; 0 for a norm that is 0.
+    m, v: mean and biased variance of x (B, C, H, W) over its n = B H W values a channel, and of
+    `others` = (their number over that of all images, their mean, their variance) if there are any.
+    The gradients of y and d come together, affine in x. Only x gets one; 0 for a norm that is 0.
 
         dx = s * dy + a * x + b
         a = dd * 2/n * (v - running_var) / || v - running_var ||
         b = dd * 1/n * (m - running_mean) / || m - running_mean || - a * m
 
-    Returns y (B, C, H, W) and d, a scalar.
+    With others this is d's gradient by all images over by x, as d stands beside means over x alone.
+    Returns y (B, C, H, W), d, a scalar, and mean and variance of x (2, C), which have no gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, running_mean, running_var, weight, bias, eps):
+    def forward(ctx, x, running_mean, running_var, weight, bias, eps, others):
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         if x.device.type in ("cpu", "cuda"):                    # BatchNorm's own kernel
             m, v = torch.batch_norm_update_stats(x32, None, None, 0.0)
         else:
             v, m = torch.var_mean(x32, dim=(0, 2, 3), correction=0)
+        own = torch.stack([m, v])
+        if others is not None:
+            share, m_others, v_others = others
+            v = v + share * (v_others - v) + share * (1 - share) * (m - m_others) ** 2
+            m = m + share * (m_others - m)
         far_m, far_v = m - running_mean, v - running_var
         norm_m, norm_v = far_m.norm(), far_v.norm()
         s = (running_var + eps).rsqrt() * weight
         ctx.save_for_backward(x, m, far_m, far_v, norm_m, norm_v, s)
-        return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps), norm_m + norm_v
+        ctx.mark_non_differentiable(own)
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+        return y, norm_m + norm_v, own
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dd):
+    def backward(ctx, dy, dd, _):
         x, m, far_m, far_v, norm_m, norm_v, s = ctx.saved_tensors
         dd = dd * (x.shape[1] / x.numel())                      # dd / n
         a = 2 * dd / norm_v.clamp(min=1e-30) * far_v
         b = dd / norm_m.clamp(min=1e-30) * far_m - a * m
         a, b, s = (c.view(1, -1, 1, 1) for c in (a, b, s))
-        return torch.addcmul(b, x, a).addcmul_(dy, s), None, None, None, None, None
+        return torch.addcmul(b, x, a).addcmul_(dy, s), *[None] * 6
 
 
 class MeasuredBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d in evaluation mode that keeps the distance of its latest input's statistics."""
+    """A BatchNorm2d in evaluation mode that keeps its latest input's statistics and their distance.
+    """
+
+    others = None
 
     def forward(self, x):
-        y, self.distance = MeasureAndNormalise.apply(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        y, self.distance, self.statistics = MeasureAndNormalise.apply(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, self.others)
         return y

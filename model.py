@@ -294,7 +294,9 @@ def load_model(path, device="cpu", expected=None, way_out=THIS_STEP_AGAIN):
         model = DeepLabV3(checkpoint["backbone"], sizes)
         model.load_state_dict(checkpoint.pop("model"))
         differing = [key for key, value in (expected or {}).items() if checkpoint[key] != value]
-        numbers = [*checkpoint["inversion"].values(), *checkpoint["seconds"].values()]
+        inversion = checkpoint["inversion"]
+        numbers = [v for v in inversion.values() if v is not inversion["sizes"]]
+        numbers += [*inversion["sizes"], *checkpoint["seconds"].values()]
         if not (all(isinstance(v, (int, float)) and 0 <= v < 1e12 for v in numbers)
                 and isinstance(checkpoint["crop"], int) and 0 < checkpoint["crop"] <= 10 ** 4
                 and {"method", "objective"} <= checkpoint.keys()):

@@ -12,11 +12,13 @@ SegInversion (paper, Sec. 3.2): images of the old classes, drawn out of the old 
 A folder full of such images, and the paper's Figure 3, are made in fakes.py.
 """
 import contextlib
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.transforms import v2
 
 from data import MEAN, STD
 from fast import MeasuredBatchNorm2d
@@ -56,14 +58,18 @@ class BatchNormMatching:
     layers are MeasuredBatchNorm2d (fast.py), in evaluation mode; at exit they are what they were.
 
         with BatchNormMatching(model) as matching:
-            model(x)
-            loss = matching.loss()
+            matching.part("a", 4)           # the statistics are those of these 4 images and of all
+            model(x)                        # other parts as they were when the network last saw
+            loss = matching.loss()          # them; without parts, of x alone
     """
 
     def __init__(self, model, first=10.0):
         self.layers = [m for m in model.modules()
                        if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.weights = [first] + [1.0] * (len(self.layers) - 1)
+        self.widths = [layer.num_features for layer in self.layers]
+        self.parts = {}             # name -> number of images, and statistics (2, sum of widths)
+        self.name, self.B = None, 1
 
     def __enter__(self):
         self.classes = [type(layer) for layer in self.layers]
@@ -74,13 +80,37 @@ class BatchNormMatching:
     def __exit__(self, *_):
         for layer, kind in zip(self.layers, self.classes):
             layer.__class__ = kind
-            vars(layer).pop("distance", None)
+            for name in ("distance", "statistics", "others"):
+                vars(layer).pop(name, None)
+
+    def part(self, name, B):
+        """The next forward pass is of B images, which take the place of the part of that name."""
+        self.parts.pop(name, None)
+        others = [None] * len(self.layers)
+        if self.parts:
+            number, statistics = merged(self.parts.values())
+            others = [(number / (number + B), *s) for s in statistics.split(self.widths, dim=1)]
+        for layer, of_layer in zip(self.layers, others):
+            layer.others = of_layer
+        self.name, self.B = name, B
 
     def loss(self):
         """The distance for the latest forward pass; a scalar that carries gradient to the input."""
+        if self.layers:
+            self.parts[self.name] = self.B, torch.cat([s.statistics for s in self.layers], dim=1)
         total = sum((w * layer.distance for w, layer in zip(self.weights, self.layers)),
                     torch.zeros(()))
         return total / sum(self.weights)
+
+
+def merged(parts):
+    """[(images, their mean and variance (2, n))] -> the same of all images together."""
+    numbers, statistics = zip(*parts)
+    weight = torch.tensor(numbers, dtype=statistics[0].dtype)[:, None] / sum(numbers)
+    weight = weight.to(statistics[0].device)
+    means, variances = torch.stack(statistics, dim=1)               # (parts, n)
+    mean = (weight * means).sum(0)
+    return sum(numbers), torch.stack([mean, (weight * (variances + (means - mean) ** 2)).sum(0)])
 
 
 # -------------------------------------------------------------------- the optimisation of pixels
@@ -117,12 +147,11 @@ def random_view(x, generator):
     return view.flip(3) if torch.rand((), generator=generator) < 0.5 else view
 
 
-def warmup_cosine(optimizer, steps):
-    """Linear warm-up over a tenth of the steps (at most 100), then a cosine to 0."""
+def warmup_cosine(i, steps):
+    """The rate at step i of `steps`: linear warm-up over a tenth (at most 100), a cosine to 0."""
     warmup = min(100, max(1, steps // 10))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(
-        (i + 1) / warmup,
-        0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup))))
+    return min((i + 1) / warmup,
+               0.5 + 0.5 * math.cos(math.pi * max(0, i - warmup) / max(1, steps - warmup)))
 
 
 @contextlib.contextmanager
@@ -139,6 +168,28 @@ def frozen(model):
             parameter.requires_grad_(flag)
 
 
+def sides(size):
+    """H, W."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def resized(x, size):
+    """Images (..., H, W) at another size, bilinearly."""
+    return v2.functional.resize(x, list(sides(size))) if x.shape[-2:] != sides(size) else x
+
+
+@torch.no_grad()
+def statistics_of(model, images, size, part=16):
+    """Of images (B, 3, H, W) at that size: their number, and mean and variance of every BatchNorm
+    layer's input, (2, all channels)."""
+    with frozen(model), BatchNormMatching(model) as matching:
+        for k, x in enumerate(images.split(part)):
+            matching.part(k, len(x))
+            model(resized(x, size))
+            matching.loss()
+    return merged(matching.parts.values())
+
+
 def normalise_targets(targets):
     """(B, C) classes to show -> (B, C) float32 that sum to one per image."""
     if targets.dim() != 2 or not bool((targets.sum(1) > 0).all()):
@@ -147,52 +198,69 @@ def normalise_targets(targets):
     return targets.float() / targets.float().sum(1, keepdim=True)
 
 
-def invert(model, targets, r, *, size, steps=1000, lr=0.25, seed=0,
-           tv=0.355, l2=0.0089, bn=1.16, spectrum=0.0, on_step=None):
+def stages(sizes, steps):
+    """Which step is made at which size, coarse to fine: the steps are shared out evenly."""
+    return [sizes[i * len(sizes) // steps] for i in range(steps)]
+
+
+def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
+           tv=0.355, l2=0.0089, bn=1.16, spectrum=0.0, others=None, on_step=None):
     """Optimise noise into images that the network takes for the asked classes (Eq. 2).
 
     model:   a segmentation network, images (B, 3, H, W) -> logits (B, C, h, w). It is left as it
              was found: weights and statistics bit for bit, training flags and requires_grad too.
     targets: (B, C) bool or float, the classes to show in each image (normalised to sum to one)
     r:       Eq. 1's scale, a number or a CPU tensor that broadcasts to (B, C)
-    size:    H = W of the images, or (H, W)
-    steps, lr, seed: of Adam with betas (0.5, 0.9). Noise, shifts and flips come from `seed` alone.
+    sizes:   H = W of the images, or (H, W), from coarse to fine. The paper's is one, [512]; ours
+             begins at small ones, whose steps are cheap, and enlarges what has become.
+    steps, lr, seed: of Adam with betas (0.5, 0.9); the steps are shared out evenly over the sizes,
+             under one schedule. Noise, shifts and flips come from `seed` alone.
+    part:    how many images a forward pass holds, if not all B: less memory. R(x)'s statistics are
+             those of all B, the other parts' as they were in their latest pass.
     tv, l2, bn: weights of R(x). DeepInversion's published 1e-4, 1e-5 and 0.01 are of norms and a
              sum; of our means, which keep their meaning at another size, batch or network, they are
              1e-4 * sqrt(16*3*512*512), 1e-5 * sqrt(3*512*512) and 0.01 * (10 + 106 layers).
     spectrum: ours. Of the noise, and of the gradient that Adam sees. Adam gives every pixel a step
              of one size, so that noise grows as fast as objects do; 1 lets large shapes come first.
-    on_step: called as on_step(i, terms) after step i with the named, detached loss terms
+    others:  ours. {size: statistics_of() images of other classes}, which stand beside x's own
+    on_step: called as on_step(i, terms) after each pass of step i with the named, detached terms
     Returns (B, 3, H, W) in the network's normalised space, clamped to the range of real images (for
     steps=0 the noise as it is drawn).
     Raises ValueError for targets of the wrong shape, or an image without a target.
     """
-    H, W = (size, size) if isinstance(size, int) else size
     device, targets = next(model.parameters()).device, normalise_targets(targets)
     generator = torch.Generator().manual_seed(seed)
-    x = noise(len(targets), H, W, spectrum, generator).to(device).requires_grad_()
+    x = noise(len(targets), *sides(sizes[0]), spectrum, generator).to(device)
     low, high = (torch.tensor([(v - m) / s for m, s in zip(MEAN, STD)], device=device).view(3, 1, 1)
                  for v in (0, 1))
-    optimizer = torch.optim.Adam([x], lr=lr, betas=(0.5, 0.9))
-    schedule, targets = warmup_cosine(optimizer, steps), targets.to(device)
+    part = part or len(targets)
+    r = torch.atleast_2d(torch.as_tensor(r, dtype=torch.float64)).expand(len(targets), -1)
+    parts, size = x.split(part), None
+    targets, scales = targets.to(device).split(part), r.split(part)
     # deterministic: the same image every time on one machine
     with frozen(model), BatchNormMatching(model) as matching, \
             torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        for i in range(steps):
-            view = random_view(x, generator)
-            scores = scale_aware_aggregation(model(view), r)                    # (B, C)
-            if scores.shape != targets.shape:
-                raise ValueError(f"targets are {tuple(targets.shape)}, "
+        for (i, now), k in itertools.product(enumerate(stages(sizes, steps)), range(len(parts))):
+            if now != size:
+                size, parts = now, [resized(x.detach(), now).clone() for x in parts]
+                optimizer = torch.optim.Adam([x.requires_grad_() for x in parts], lr=lr,
+                                             betas=(0.5, 0.9))
+                matching.parts = {"others": others[size]} if others else {}
+            x, view = parts[k], random_view(parts[k], generator)
+            matching.part(k, len(x))
+            scores = scale_aware_aggregation(model(view), scales[k])            # (B, C)
+            if scores.shape != targets[k].shape:
+                raise ValueError(f"targets are {tuple(targets[k].shape)}, "
                                  f"but the network scores {tuple(scores.shape)}")
-            terms = {"cls": classification_loss(scores, targets).mean(),
+            terms = {"cls": classification_loss(scores, targets[k]).mean(),
                      "tv": tv * total_variation(view), "l2": l2 * rms(view),
                      "bn": bn * matching.loss()}
             optimizer.zero_grad()
             sum(terms.values()).backward()
             x.grad = coloured(x.grad, spectrum)
-            optimizer.step()
-            schedule.step()
+            optimizer.param_groups[0]["lr"] = lr * warmup_cosine(i, steps)
+            optimizer.step()                                # of x alone: others have no gradient
             x.detach().clamp_(low, high)
             if on_step:
                 on_step(i, {name: term.detach() for name, term in terms.items()})
-    return x.detach()
+    return torch.cat(parts).detach()

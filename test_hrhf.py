@@ -144,7 +144,7 @@ def read_log(run):
 
 def make_fakes(folder, **options):
     return fakes.synthesize(tiny((4,)), folder, 10,
-                            **{**dict(size=32, batch_size=4, seed=5, steps=2), **options})
+                            **{**dict(sizes=[32], batch_size=4, seed=5, steps=2), **options})
 
 
 def one_hot(*classes, C=4):
@@ -318,6 +318,61 @@ def test_batch_norm_matching_is_zero_at_equal_statistics_and_an_error_leaves_no_
     assert type(net[0]) is nn.BatchNorm2d
 
 
+def test_statistics_in_parts_are_those_of_all_images_value_and_gradient():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1),
+                        nn.BatchNorm2d(5)).eval().double().requires_grad_(False)
+    net[4].running_mean.normal_()
+    x = logits(5, 3, 6, 7)
+    with seginversion.BatchNormMatching(net) as matching:
+        net(x)
+        whole = matching.loss()
+    gradient, = torch.autograd.grad(whole, x)
+    parts = [part.detach().requires_grad_() for part in x.split([2, 2, 1])]
+    with seginversion.BatchNormMatching(net) as matching:
+        for k in (0, 1, 2, 1, 0):                           # in any order, once all were seen
+            matching.part(k, len(parts[k]))
+            net(parts[k])
+            loss = matching.loss()
+            if k < 2 and len(matching.parts) == 3:
+                mine, = torch.autograd.grad(loss, parts[k])
+                torch.testing.assert_close(loss, whole)
+                torch.testing.assert_close(mine, 5 / 2 * gradient.split([2, 2, 1])[k])
+        others = {7: seginversion.statistics_of(net, x.detach()[2:], (6, 7), part=2)}
+        matching.parts = {"others": others[7]}
+        matching.part(0, 2)
+        net(parts[0])
+        torch.testing.assert_close(matching.loss(), whole)
+    assert vars(net[1]).keys() == vars(nn.BatchNorm2d(4)).keys()
+
+
+def test_invert_in_parts_is_invert_of_all_where_nothing_but_the_statistics_joins_them(monkeypatch):
+    monkeypatch.setattr(seginversion, "random_view", lambda x, generator: x)
+    net, r = tiny((4,)), torch.tensor([[0.5, 1, 5, 10]] * 2 + [[20, 0, math.inf, 1]] * 2)
+    make = lambda part, **weights: seginversion.invert(
+        net, one_hot(1, 2, 3, 1), r, sizes=[32], steps=3, part=part, **weights)
+    with torch.no_grad():
+        net.classifiers[0].weight.mul_(200)                 # gradients far above Adam's epsilon
+    priors = dict(tv=0, l2=0, bn=0)
+    torch.testing.assert_close(make(2, **priors), make(None, **priors), atol=0.01, rtol=0)
+    others = {32: seginversion.statistics_of(net, torch.randn(9, 3, 32, 32), 32)}
+    assert not torch.equal(make(None, bn=1.0), make(None, bn=1.0, others=others))
+
+
+def test_invert_enlarges_what_has_become_and_shares_its_steps_out_over_the_sizes(monkeypatch):
+    assert seginversion.stages([8, 16, 32], 7) == [8, 8, 8, 16, 16, 32, 32]
+    views, net = [], tiny((4,)).requires_grad_(False)
+    monkeypatch.setattr(seginversion, "random_view",
+                        lambda x, generator: (views.append(x.detach().clone()), x)[1])
+    x = seginversion.invert(net, one_hot(1, 2), 5.0, sizes=[16, (24, 32), 64], steps=6)
+    assert [tuple(v.shape[2:]) for v in views] == [(16, 16)] * 2 + [(24, 32)] * 2 + [(64, 64)] * 2
+    assert x.shape == (2, 3, 64, 64)
+    coarse = seginversion.invert(net, one_hot(1, 2), 5.0, sizes=[16], steps=6,
+                                 on_step=lambda i, terms: views.append(None) if i else None)
+    assert coarse.shape[-1] == 16
+    small = F.interpolate(views[1], (24, 32), mode="bilinear", align_corners=False)
+    assert (views[2] - small).abs().mean() < 0.5 * (views[2] - views[2].flip(3)).abs().mean()
+
+
 def test_invert_leaves_the_network_as_it_was():
     net = tiny((4,)).train()
     net.body[0].eval()
@@ -325,10 +380,10 @@ def test_invert_leaves_the_network_as_it_was():
     before = copy.deepcopy(net.state_dict())
     flags = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
     state = torch.get_rng_state()
-    x = seginversion.invert(net, one_hot(1, 2), 5.0, size=32, steps=3)
+    x = seginversion.invert(net, one_hot(1, 2), 5.0, sizes=[32], steps=3)
     assert torch.equal(torch.get_rng_state(), state)        # nor is the global random state touched
     with pytest.raises(ValueError, match="the network scores"):
-        seginversion.invert(net, one_hot(1, 2, C=7), 5.0, size=32, steps=3)
+        seginversion.invert(net, one_hot(1, 2, C=7), 5.0, sizes=[32], steps=3)
     assert ([m.training for m in net.modules()],
             [p.requires_grad for p in net.parameters()]) == flags
     assert all(torch.equal(a, b) for a, b in zip(before.values(), net.state_dict().values()))
@@ -345,8 +400,8 @@ def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images(monk
         for _ in range(20):
             net(torch.randn(8, 3, 32, 32))                  # statistics to match
         net.classifiers[0].weight.mul_(20)
-    x = seginversion.invert(net, one_hot(1, 2, 3, 3), 1.0, size=(32, 48), steps=60, tv=0.1, bn=0.1,
-                            on_step=lambda i, terms: seen.append(terms))
+    x = seginversion.invert(net, one_hot(1, 2, 3, 3), 1.0, sizes=[(32, 48)], steps=60, tv=0.1,
+                            bn=0.1, on_step=lambda i, terms: seen.append(terms))
     assert x.shape == (4, 3, 32, 48) and len(seen) == 60
     assert list(seen[0]) == ["cls", "tv", "l2", "bn"]
     totals = [sum(terms.values()).item() for terms in seen]
@@ -362,7 +417,8 @@ def test_invert_raises_the_asked_class_and_stays_inside_the_range_of_images(monk
 def test_invert_depends_on_its_seed_alone_and_takes_float_targets_and_a_matrix_of_r():
     net = tiny((4,))
     r = torch.tensor([[0.5, 1, 5, 10], [20, 0, math.inf, 1]])
-    make = lambda seed, targets: seginversion.invert(net, targets, r, size=32, steps=4, seed=seed)
+    make = lambda seed, targets: seginversion.invert(net, targets, r, sizes=[32], steps=4,
+                                                     seed=seed)
     x = make(0, one_hot(1, 2))
     torch.manual_seed(99)
     assert torch.equal(x, make(0, one_hot(1, 2)))
@@ -391,7 +447,7 @@ def test_invert_uses_adam_with_warm_up_and_cosine_on_shifted_and_flipped_views(
             rates.append(self.param_groups[0]["lr"])
     monkeypatch.setattr(torch.optim, "Adam", Adam)
     net.register_forward_pre_hook(lambda _, inputs: views.append(inputs[0].detach().clone()))
-    seginversion.invert(net, one_hot(1), 1.0, size=32, steps=40, spectrum=0)
+    seginversion.invert(net, one_hot(1), 1.0, sizes=[32], steps=40, spectrum=0)
     assert made == [{"lr": 0.25, "betas": (0.5, 0.9)}]
     assert rates[:5] == pytest.approx([0.25 / 4, 0.5 / 4, 0.75 / 4, 0.25, 0.25])
     assert rates[22] == pytest.approx(0.125) and rates[-1] < 0.002
@@ -410,7 +466,7 @@ def test_invert_uses_adam_with_warm_up_and_cosine_on_shifted_and_flipped_views(
     monkeypatch.setattr(torch, "roll",
                         lambda x, shift, dims: (shifts.extend(map(abs, shift)),
                                                 roll(x, shift, dims))[1])
-    seginversion.invert(net, one_hot(1), 1.0, size=(8, 256), steps=60)
+    seginversion.invert(net, one_hot(1), 1.0, sizes=[(8, 256)], steps=60)
     assert max(shifts[::2]) == 1 and 25 < max(shifts[1::2]) <= 30          # never more than 30
 
 
@@ -438,7 +494,7 @@ def test_inversion_starts_from_coloured_noise_and_adam_sees_the_coloured_gradien
     monkeypatch.setattr(seginversion, "coloured",
                         lambda x, spectrum: (calls.append((x.clone(), spectrum)),
                                              real(x, spectrum))[1])
-    seginversion.invert(net, one_hot(1), 1.0, size=32, steps=3, spectrum=1.0)
+    seginversion.invert(net, one_hot(1), 1.0, sizes=[32], steps=3, spectrum=1.0)
     assert len(calls) == 4 and {spectrum for _, spectrum in calls} == {1.0}
     noise = real(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), 1.0)
     torch.testing.assert_close(seen[0][0], noise / noise.std())
@@ -459,8 +515,8 @@ def test_voc_and_ade_have_deepinversions_weights_and_plain_adam_folder_and_shape
     for name in ("voc", "ade"):
         args = of(name)
         assert (args.fake_batch, args.crop, args.fake_steps, args.fake_lr) == (16, 512, 1000, 0.25)
-        assert train.inversion(args) == {k: defaults[k]
-                                         for k in ("steps", "lr", "tv", "bn", "spectrum")}
+        assert train.inversion(args) == {"sizes": [512], **{
+            k: defaults[k] for k in ("steps", "lr", "tv", "bn", "spectrum")}}
         assert args.spectrum == 0
     assert (of("folder").spectrum, of("folder").tv, of("folder").bn) == (1, 0.3, 10)
     assert (of("shapes").spectrum, of("shapes").tv, of("shapes").bn) == (1, 2, 3)
@@ -1838,7 +1894,7 @@ def test_hostile_metadata_and_pipes_are_one_sentence_or_read(tmp_path):
 @pytest.mark.parametrize("num_images, num_classes, most",
                          [(64, 15, 3), (7, 4, 3), (50, 2, 3), (9, 1, 3), (33, 20, 1)])
 def test_every_old_class_is_asked_for_equally_often(num_images, num_classes, most):
-    targets = fakes.balanced_targets(num_images, num_classes, seed=3, most=most)
+    targets = fakes.balanced_targets(num_images, range(1, num_classes + 1), seed=3, most=most)
     assert len(targets) == num_images
     assert all(1 <= len(t) <= min(most, num_classes) and t == sorted(set(t)) for t in targets)
     counts = np.bincount(sum(targets, []), minlength=num_classes + 1)[1:]
@@ -1878,7 +1934,7 @@ def test_synthesize_asks_for_background_everywhere_and_draws_r_per_image_and_cla
 
 def test_synthesize_takes_a_height_and_a_width_and_finds_its_folder_again(tmp_path):
     for _ in range(2):
-        path = make_fakes(tmp_path, size=(32, 48))[0]
+        path = make_fakes(tmp_path, sizes=[(32, 48)])[0]
     assert Image.open(path).size == (48, 32)
 
 
@@ -1926,7 +1982,8 @@ def test_synthesize_refuses_a_folder_of_other_fakes(tmp_path):
     with pytest.raises(InputError, match=r"other settings \(steps\)"):
         make_fakes(tmp_path, steps=3)
     with pytest.raises(InputError, match=r"other settings \(model\)"):
-        fakes.synthesize(tiny((4,), seed=1), tmp_path, 10, size=32, batch_size=4, seed=5, steps=2)
+        fakes.synthesize(tiny((4,), seed=1), tmp_path, 10, sizes=[32], batch_size=4, seed=5,
+                         steps=2)
 
 
 def test_synthesize_stops_on_a_loss_that_is_not_finite(tmp_path):
@@ -1934,7 +1991,7 @@ def test_synthesize_stops_on_a_loss_that_is_not_finite(tmp_path):
     with torch.no_grad():
         net.body[0][0].weight.fill_(math.inf)
     with pytest.raises(FloatingPointError, match="batch 0"):
-        fakes.synthesize(net, tmp_path, 4, size=32, steps=2)
+        fakes.synthesize(net, tmp_path, 4, sizes=[32], steps=2)
 
 
 def test_parse_r():
@@ -1944,7 +2001,7 @@ def test_parse_r():
 
 def test_noise_fakes_are_where_the_inversion_starts(tmp_path):
     net = tiny((4,))
-    path, = fakes.synthesize(net, tmp_path, 1, size=32, steps=0, spectrum=0, seed=7)
+    path, = fakes.synthesize(net, tmp_path, 1, sizes=[32], steps=0, spectrum=0, seed=7)
     seed = json.loads((tmp_path / "manifest.jsonl").read_text())["seed"]
     noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
     assert torch.equal(data.denormalise(noise)[0],
@@ -1959,7 +2016,8 @@ def test_figure_3_is_drawn_with_its_checkpoints_settings_and_an_unknown_class_is
     monkeypatch.setattr(fakes, "invert",
                         lambda *a, **given: (options.append(given), invert(*a, **given))[1])
     fakes.main([*command, "--classes", "cat,cow", "--r", "0.5,5,max"])
-    of_run = {"steps": 2, "lr": 0.25, "tv": 0.3, "bn": 10.0, "spectrum": 1.0, "size": 32, "seed": 0}
+    of_run = {"steps": 2, "lr": 0.25, "tv": 0.3, "bn": 10.0, "spectrum": 1.0, "sizes": [32],
+              "seed": 0}
     assert options == [of_run] * 3
     assert Image.open(tmp_path / "figure.png").size == (3 * 34 + 2, 8 * 34 + 2 + 14)
     with pytest.raises(InputError,
@@ -1980,8 +2038,8 @@ def test_figure_3_deals_sets_of_classes_to_the_images_and_measures_a_class_where
     model = torch.nn.Conv2d(3, 4, 1).requires_grad_(False)
     model.weight.copy_(torch.randn(model.weight.shape, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(fakes, "load_model",
-                        lambda *_: (model,
-                                    {"classes": names, "crop": 12, "inversion": {"steps": 2}}))
+                        lambda *_: (model, {"classes": names, "crop": 12,
+                                            "inversion": {"steps": 2, "sizes": [12]}}))
     def watched(model, targets, *args, **options):
         made.append((targets, invert(model, targets, *args, **options)))
         return made[-1][1]
@@ -2064,6 +2122,43 @@ def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
             evaluation.main([f"{finished}/run", *flags])
 
 
+def test_reused_fakes_are_made_once_per_class_and_matched_together_with_the_earlier_ones(
+        finished, tmp_path, monkeypatch):
+    inverted, views, invert, train_step = [], [], fakes.invert, train.train_step
+    monkeypatch.setattr(fakes, "invert", lambda net, targets, *rest, **options: (
+        inverted.append((targets, options)), invert(net, targets, *rest, **options))[1])
+    monkeypatch.setattr(train, "train_step", lambda student, objective, view, *rest: (
+        views.append(view), train_step(student, objective, view, *rest)))
+    flags = "--max-iters 2 --fake-sizes 16,32 --reuse-fakes"
+    train_on(finished, tmp_path / "run", flags)
+    (first, of_first), (second, of_second) = inverted
+    assert first.shape == (8, 2) and (first == 1).all() and of_first["others"] is None
+    assert second.tolist() == [[1, 0, 1]] * 8               # cat's are there, dog's are new
+    step_1, step_2 = (sorted(tmp_path.glob(f"run/fakes-step-{step}/*.png")) for step in (1, 2))
+    assert [view.fakes for view in views] == [[], step_1, step_1 + step_2]
+    teacher, _ = model.load_model(tmp_path / "run/step-1.pth")
+    images = torch.stack([data.normalised(fakes.read_pixels(path)) for path in step_1])
+    for size in (16, 32):
+        number, statistics = of_second["others"][size]
+        expected = seginversion.statistics_of(teacher, images, size)
+        assert number == expected[0] == 8
+        torch.testing.assert_close(statistics, expected[1])
+    (tmp_path / "run/fakes-step-1/00000.png").write_bytes(b"")
+    (tmp_path / "run/step-2.pth").unlink()
+    (tmp_path / "run/step-2.json").unlink()
+    with pytest.raises(InputError, match="fakes-step-1 holds no finished set"):
+        train_on(finished, tmp_path / "run", flags)
+
+
+@pytest.mark.parametrize("fakes_of_step_1, sizes, expected", [
+    (64, (15, 1, 1), [0, 64, 5]), (300, (10, 5, 5), [0, 300, 150]), (8, (1, 1, 1), [0, 8, 8])])
+def test_reused_fakes_are_as_many_a_class_as_in_the_first_step(fakes_of_step_1, sizes, expected):
+    args = train.parse(["--num-fakes", str(fakes_of_step_1), "--fake-batch", "4", "--reuse-fakes"])
+    steps = [[0] * n for n in sizes]
+    assert [train.number_of_fakes(args, t, [100] * 3, steps) for t in range(3)] == expected
+    assert train.number_of_fakes(args, 2, [100, 100, 0], steps) == 0
+
+
 def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch):
     paths, calls, invert = make_fakes(tmp_path), [], fakes.invert
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
@@ -2094,6 +2189,10 @@ def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch)
     ("--real-fake half", "--real-fake half: expected two numbers"),
     ("--r -1", "--r -1: expected random"),
     ("--r big", "--r big: expected random"),
+    ("--fake-sizes 32,16,64", "--fake-sizes 32,16,64: expected growing sizes"),
+    ("--fake-sizes 8,64", "--fake-sizes 8,64: expected"),
+    ("--fake-sizes 32", "--fake-sizes 32: expected growing sizes, from 16 on, which end with "
+     "--crop, 64"),
     ("--crop 8", "--crop 8: must be a number from 16 to 10000"),
     ("--lr -1", "--lr -1.0: must be"), ("--lr0 nan", "--lr0 nan: must be"),
     ("--lam -1", "--lam -1.0: must be"),
@@ -2503,7 +2602,7 @@ def parallel_work(folder, world):
     table = protocol.label_map([[1, 2], [3]], 1, "test")
     view, logged = data.View(val, range(7), table, data.test_transform(32)), []
     confusion = evaluation.evaluate(student.train(), view, world, batch_size=2)
-    paths = fakes.synthesize(teacher, folder / f"fakes-{world.size}", 10, size=32, batch_size=2,
+    paths = fakes.synthesize(teacher, folder / f"fakes-{world.size}", 10, sizes=[32], batch_size=2,
                              seed=3,
                              world=world, steps=2, report=logged.append)
     assert len(logged) == len(range(world.rank, 5, world.size))                # of five batches
@@ -3108,7 +3207,7 @@ PLANNED = ("--dataset voc --task 15-1 --data-root nowhere --backbone tiny --crop
 
 def test_the_plan_has_every_phase_of_the_real_run_with_its_iterations():
     one, four = plan(PLANNED), plan(PLANNED, gpus=4)
-    later = [["SegInversion", "training", "evaluation"]] * 5
+    later = [["SegInversion at 64", "training", "evaluation"]] * 5
     assert [row[:2] for row in one] == [["0", "training"], ["0", "evaluation"]] + [
         [str(step), name] for step, names in enumerate(later, 1) for name in names] + [["all", ""]]
     assert [row[2] for row in one if row[1] == "training"] == [

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 import data
 import protocol
 from eval import evaluate, iou, save_predictions, summarize, table, test_view
-from fakes import parse_r, replay, save_fakes, synthesize
+from fakes import parse_r, read_fakes, replay, save_fakes, synthesize
 from methods import METHODS
 from model import BACKBONES, DeepLabV3, load_model, read_checkpoint, save_model
 from run import (ANOTHER_FOLDER, InputError, Run, autocast, default_workers, derive_seed,
@@ -108,9 +108,14 @@ def parser():
       "(Sec. 3.2) or random-image for every image (Sec. 4.4)")
     a("--num-fakes", type=int, help="per step, in whole batches; default: as many as it has real "
       "images, at most 1024")
-    a("--fake-batch", type=int, default=16, help="inverted together; lower it if memory is short")
+    a("--fake-batch", type=int, default=16, help="in one pass of the network; lower it if memory "
+      "is short: fewer than 16 share the BatchNorm statistics of 16 all the same")
     a("--fake-classes", type=int, default=3, help="most classes in one fake (Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
+    a("--fake-sizes", help="from coarse to fine, such as 128,256,512, which shares out the steps "
+      "evenly; default: --crop alone")
+    a("--reuse-fakes", action="store_true", help="a step makes fakes of the classes of the step "
+      "before it alone, and takes the others from the earlier steps")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes "
       "are noisy. DeepInversion's for voc and ade; ours for folder: 0.3")
@@ -150,9 +155,22 @@ def parse(argv=None):
     args.workers = default_workers() if args.workers is None else args.workers
     method_name = "" if args.method == p.get_default("method") else f"-{args.method}"
     args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}{method_name}"
+    args.fake_sizes = parse_sizes(args.fake_sizes, args.crop)
     for step in (0, 1):
         batch_parts(args, step)
     return args
+
+
+def parse_sizes(text, crop):
+    """--fake-sizes: growing sizes that end with --crop."""
+    try:
+        sizes = [int(size) for size in text.split(",")] if text else [crop]
+        if sizes != sorted(set(sizes)) or sizes[0] < 16 or sizes[-1] != crop:
+            raise ValueError
+        return sizes
+    except ValueError:
+        raise InputError(f"--fake-sizes {text}: expected growing sizes, from 16 on, which end with "
+                         f"--crop, {crop}, such as {max(16, crop // 2)},{crop}") from None
 
 
 def off_default(args):
@@ -193,13 +211,21 @@ def check_batch_size(args, processes):
 
 
 def step_length(args, step, num_images):
-    """Iterations of an epoch and of the whole step, and the number of fakes made for it."""
-    real, fake = batch_parts(args, step)
-    per_epoch = max(1, num_images // real)
+    """Iterations of an epoch and of the whole step."""
+    per_epoch = max(1, num_images // batch_parts(args, step)[0])
     iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
-    fakes = (args.num_fakes or min(num_images, 1024)) if fake and num_images else 0
-    return (per_epoch, min(iterations, args.max_iters or iterations),
-            math.ceil(fakes / args.fake_batch) * args.fake_batch)
+    return per_epoch, min(iterations, args.max_iters or iterations)
+
+
+def number_of_fakes(args, step, counts, steps):
+    """How many fakes are made for a step. counts: training images of each step; steps: classes"""
+    if not (counts[step] and batch_parts(args, step)[1]):
+        return 0
+    if args.reuse_fakes and step > 1:           # as many a class as there are of the first classes
+        first = number_of_fakes(args, 1, counts, steps)
+        return math.ceil(first * len(steps[step - 1]) / len(steps[0]))
+    number = args.num_fakes or min(counts[step], 1024)
+    return math.ceil(number / args.fake_batch) * args.fake_batch
 
 
 # ------------------------------------------------------------------------------------ the task
@@ -290,13 +316,14 @@ def learn(step, task, args, run, world):
 
 def inversion(args):
     """The options of seginversion.invert."""
-    return {"steps": min(args.fake_steps, args.max_iters or args.fake_steps), "lr": args.fake_lr,
-            "tv": args.tv, "bn": args.bn, "spectrum": args.spectrum}
+    steps = min(args.fake_steps, args.max_iters or args.fake_steps)
+    return {"sizes": args.fake_sizes, "steps": steps, "lr": args.fake_lr, "tv": args.tv,
+            "bn": args.bn, "spectrum": args.spectrum}
 
 
 def old_images(teacher, step, task, args, run, world):
     """Paths of the images that stand for the old classes in this step's mini-batches."""
-    *_, number = step_length(args, step, len(task.images[step]))
+    number = number_of_fakes(args, step, [*map(len, task.images)], task.steps)
     folder, seed = run.fakes(step), derive_seed(args.seed, step, 2)
     if not number:
         return []
@@ -305,15 +332,22 @@ def old_images(teacher, step, task, args, run, world):
         return replay(task.train_set, seen, folder, number, size=args.crop, seed=seed, world=world)
     options = inversion(args)
     if args.fake == "noise":                                # where an inversion starts: Table 2
-        options |= {"steps": 0, "spectrum": 0.0}
+        options |= {"steps": 0, "spectrum": 0.0, "sizes": [args.crop]}
+    earlier, classes = [], None
+    if args.reuse_fakes and step > 1:
+        for t in range(1, step):
+            earlier += [path for path, _ in read_fakes(run.fakes(t), len(task.names(t - 1)))]
+        known = len(task.names(step - 1))
+        classes = list(range(known - len(task.steps[step - 1]), known))
     with run.timed("seginversion"):
         paths = synthesize(
-            teacher, folder, number, size=args.crop, batch_size=args.fake_batch, r=args.r,
-            seed=seed, most=args.fake_classes, world=world, **options,
+            teacher, folder, number, part=args.fake_batch, r=args.r, seed=seed,
+            batch_size=max(1, 16 // args.fake_batch) * args.fake_batch,
+            most=args.fake_classes, classes=classes, earlier=earlier, world=world, **options,
             report=lambda event: run.log(step=step, phase="seginversion", **event))
         if world.rank == 0:
             save_fakes(teacher, paths, folder.with_suffix(".png"))
-    return paths
+    return earlier + paths
 
 
 def distributed(student, world):
@@ -390,7 +424,7 @@ class Progress:
 def train_step(student, objective, view, step, args, run, world):
     """Train one step, from the last whole epoch on if there is one."""
     device, (real, fake) = world.device, batch_parts(args, step)
-    per_epoch, iterations, _ = step_length(args, step, len(view.indices))
+    per_epoch, iterations = step_length(args, step, len(view.indices))
     optimizer = torch.optim.SGD(student.parameters(), lr=args.lr0 if step == 0 else args.lr,
                                 momentum=0.9, nesterov=True, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.PolynomialLR(optimizer, iterations, power=0.9)
