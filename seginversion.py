@@ -105,12 +105,10 @@ class BatchNormMatching:
 
 def merged(parts):
     """[(images, their mean and variance (2, n))] -> the same of all images together."""
-    numbers, statistics = zip(*parts)
-    weight = torch.tensor(numbers, dtype=statistics[0].dtype)[:, None] / sum(numbers)
-    weight = weight.to(statistics[0].device)
-    means, variances = torch.stack(statistics, dim=1)               # (parts, n)
-    mean = (weight * means).sum(0)
-    return sum(numbers), torch.stack([mean, (weight * (variances + (means - mean) ** 2)).sum(0)])
+    number = sum(B for B, _ in parts)
+    mean = sum(B / number * s[0] for B, s in parts)                 # (n,)
+    return number, torch.stack([mean, sum(
+        B / number * (s[1] + (s[0] - mean) ** 2) for B, s in parts)])
 
 
 # -------------------------------------------------------------------- the optimisation of pixels

@@ -1166,7 +1166,8 @@ def test_an_incompatible_weights_file_names_the_first_missing_and_unexpected_key
 
 
 # what a checkpoint says of its run
-ABOUT = {"crop": 32, "inversion": {}, "method": "hrhf", "objective": None, "seconds": {}}
+ABOUT = {"crop": 32, "inversion": {"sizes": [32]}, "method": "hrhf", "objective": None,
+         "seconds": {}}
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_without_escape_codes_in_its_names(tmp_path):
