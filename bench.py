@@ -3,6 +3,7 @@ Speed and memory as ratios of two sides, and a plan for a run at the paper's sca
 
     python bench.py > results/bench.md          # all of it: half an hour on two cores; Linux, 10 GB
     python bench.py losses scale                # some of it
+    python bench.py cuda                        # what can be measured on one GPU, and its phases
     python bench.py --plan --task 15-1 --dataset voc --gpus 8
 
 Every ratio is that of the seconds of A and B, measured in turn, A B A B ..., in one process: the
@@ -13,6 +14,7 @@ import contextlib
 import copy
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -381,14 +383,14 @@ def cost(work):
     return flops.get_total_flops(), memory.peak
 
 
-def phases(args, classes, count, fakes, test_images, gpus):
-    """The phases of a step, on "meta": name, images, batches, iterations of each; such an iteration
+def phases(args, classes, count, fakes, test_images, gpus, device="meta"):
+    """The phases of a step: name, images, batches, iterations of each; such an iteration
     as a call, and what is there beside it.
 
     classes: outputs of every step so far; count, fakes: images of each kind
     """
     _, iterations = train.step_length(args, len(classes) - 1, count)
-    student, teacher = networks(args.backbone, classes, "meta")
+    student, teacher = networks(args.backbone, classes, device)
     weights = [net.state_dict() for net in (student, teacher) if net]
     if fakes and args.fake == "seginversion":
         options = train.inversion(args)
@@ -400,10 +402,10 @@ def phases(args, classes, count, fakes, test_images, gpus):
                    weights[1])
     objective = METHODS[args.method].objective_of(student, teacher, args.lam)
     loss, local = objective.loss, args.batch_size // gpus
-    iteration, kept = training_iteration(loss, student, local, args.crop, "meta")
+    iteration, kept = training_iteration(loss, student, local, args.crop, device)
     yield "training", count, gpus, iterations, iteration, [weights, kept]
     B = inspect.signature(evaluate).parameters["batch_size"].default
-    x = torch.empty(B, 3, args.crop, args.crop, device="meta")
+    x = torch.empty(B, 3, args.crop, args.crop, device=device)
     test = torch.inference_mode()(lambda: upsample(student.eval()(x), x).argmax(1))
     yield "evaluation", test_images, math.ceil(test_images / B), 1, test, [weights[0], x]
 
@@ -438,9 +440,46 @@ def plan(args, gpus, tflops):
            "tested on all test images here; a run leaves out those without a class it knows.")
 
 
+# ---------------------------------------------------------------------------------------- a GPU
+
+def on_gpu(command="--dataset voc --task 15-1 --pretrained none", gpus=4):
+    """The phases of step 1 at the paper's size on this GPU, as one of `gpus`."""
+    args, classes, counts = train.parse(command.split()), [16, 1], [0, 500]
+    fakes = train.number_of_fakes(args, 1, counts, [range(15), range(1)])
+    if DEVICE == "cpu" and args.dataset != "shapes":
+        raise InputError("bench.py cuda: no GPU here")
+    of = lambda device: phases(args, classes, counts[1], fakes, 1449, gpus, device)
+    yield f"| **Step 1 of `{command}` on one of {gpus} GPUs** ({DEVICE}) | | | |"
+    for (name, *_, work, there), (*_, planned, kept) in zip(of(DEVICE), of("meta")):
+        flops, nbytes = cost(planned)
+        t = alternate({"float32": work, "bfloat16": partial(under, torch.bfloat16, work)})
+        sustained = [flops / seconds / 1e12 for seconds in t["float32"]]
+        yield row(f"{name}: TFLOP/s sustained in float32 (bench.py --plan --tflops)", sustained,
+                  [1] * REPEATS)
+        yield row(f"{name}: bfloat16 / float32", t["bfloat16"], t["float32"], "< 1")
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            work()
+            planned = nbytes + sum(x.nbytes for x in tensors(kept))
+            yield (f"| {name}: peak memory / the plan's {planned / 1e9:.1f} GB | "
+                   f"{torch.cuda.max_memory_allocated() / planned:.2f} | | <= 1.1 |")
+    plain, compiled = (networks(args.backbone, classes, DEVICE)[0] for _ in range(2))
+    compiled.compile()
+    t = alternate({net: training_iteration(METHODS["ft"].objective_of(net, None, 0.0).loss, net,
+                                           args.batch_size // gpus, args.crop, DEVICE)[0]
+                   for net in (plain, compiled)})
+    yield row("a training step without a teacher: torch.compile / plain", t[compiled], t[plain])
+
+
+def under(dtype, work):
+    with torch.autocast(DEVICE, dtype):
+        work()
+
+
 # ------------------------------------------------------------------------------------ the table
 
 SECTIONS = {f.__name__: f for f in (losses, inversion, training, scale, scan)}
+SECTIONS["cuda"] = lambda: itertools.chain(losses(), inversion(), training(), on_gpu())
 
 
 @cache
@@ -481,7 +520,8 @@ def parse(argv=None):
     a("--tflops", type=float, default=50.0, help="--plan: what one sustains; yours: a phase's "
       "PFLOP over its seconds in results.json and GPUs")
     args, rest = parser.parse_known_args(argv)
-    args.sections, args.train = rest or list(SECTIONS), train.parse(rest) if args.plan else None
+    args.sections = rest or [name for name in SECTIONS if name != "cuda"]
+    args.train = train.parse(rest) if args.plan else None
     if not args.plan and not set(rest) <= SECTIONS.keys():
         raise InputError(f"{' '.join(rest)}: expected some of {', '.join(SECTIONS)}, or --plan and "
                          "flags of train.py")

@@ -1,7 +1,8 @@
 """
 pytest            # every formula against an independent oracle, then the whole command line
 
-No downloads, no GPU. Sizes are tiny; the code under test is the code that runs at full size.
+No downloads. Sizes are tiny; the code under test is the code that runs at full size. Tests marked
+`cuda` are skipped where there is no GPU; all others run on the CPU, wherever they run.
 """
 import copy
 import hashlib
@@ -47,6 +48,11 @@ import train
 from run import InputError, Run, World
 from saa import scale_aware_aggregation
 
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(GPUS))))
+torch.cuda.is_available = lambda: False
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                     # for the processes that tests start
+bench.DEVICE = "cpu"
 HERE = Path(__file__).parent
 # real data, where a checkout has it beside it
 SHARED = HERE.parent / "shared"
@@ -3206,6 +3212,21 @@ PLANNED = ("--dataset voc --task 15-1 --data-root nowhere --backbone tiny --crop
            "--batch-size 24 --epochs 3 --fake-steps 7 --num-fakes 48 --fake-batch 16")
 
 
+def test_the_phases_are_measured_with_their_plan(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(bench, "REPEATS", 1)
+    monkeypatch.setattr(nn.Module, "compile", compiled.append)
+    lines = list(bench.on_gpu("--dataset shapes --crop 32 --fake-sizes 16,32 --batch-size 8",
+                              gpus=2))
+    assert len(compiled) == 1
+    assert [line.split(":")[0][2:] for line in lines[1:-1]] == [
+        phase for phase in ("SegInversion at 16", "SegInversion at 32", "training", "evaluation")
+        for _ in range(2)]
+    assert all(float(line.split("|")[2]) > 0 for line in lines[1:] if "TFLOP" not in line)
+    with pytest.raises(InputError, match="no GPU here"):
+        list(bench.on_gpu())
+
+
 def test_the_plan_has_every_phase_of_the_real_run_with_its_iterations():
     one, four = plan(PLANNED), plan(PLANNED, gpus=4)
     later = [["SegInversion at 64", "training", "evaluation"]] * 5
@@ -3610,6 +3631,153 @@ def test_the_pictures_are_of_finished_runs_whose_networks_are_trained_if_they_ar
     reproduce.figure3(small_study)
     assert trained[1:] == [run.name, str(folder / "step-0.pth")]
     assert "share" in reproduce.read_records(small_study.records)["figure3"]
+
+
+# ------------------------------------------------------------------------ a GPU, where there is one
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The first GPU, without TF32."""
+    if not GPUS:
+        pytest.skip("no GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_task_on_a_gpu_in_either_half_precision_scores_again_exactly(
+        gpu, finished, tmp_path, monkeypatch, bf16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    train_on(finished, tmp_path / "run", "--epochs 2 --fake-sizes 16,32")
+    evaluation.main([f"{tmp_path}/run"])                    # exits where a pixel has moved
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["device"] == "cuda:0" and results["settings"]["amp"]
+    last = torch.load(tmp_path / "run/step-2.pth", weights_only=True)["model"]
+    assert all(v.isfinite().all() for v in last.values())
+
+
+@pytest.mark.cuda
+def test_fakes_on_a_gpu_are_the_same_twice(gpu):
+    net = tiny((4,)).to(gpu)
+    make = lambda: seginversion.invert(net, one_hot(1, 2, 3), 5.0, sizes=[16, 32], steps=6, part=2,
+                                       spectrum=1.0)
+    assert torch.equal(make(), make())
+
+
+@pytest.mark.cuda
+def test_losses_gradients_and_scores_on_a_gpu_are_the_cpus(gpu, tmp_path):
+    s, t, images = torch.randn(2, 5, 6, 7), torch.randn(2, 4, 6, 7), torch.randn(2, 3, 32, 32)
+    labels, net, sides = torch.randint(5, (2, 96, 112)), tiny((4,)).requires_grad_(False), []
+    make_folder(tmp_path, val=6)
+    view = data.View(data.load("folder", tmp_path, "val"), range(6),
+                     protocol.label_map([[1, 2, 3]], 0, "test"), data.test_transform(32))
+    for device in (torch.device("cpu"), gpu):
+        net.to(device)
+        x, logits = (v.to(device).requires_grad_() for v in (images, s))
+        l, terms = fast.in_bands(distill.hrhf_loss, logits, t.to(device), labels.to(device),
+                                 ["seg"])
+        with seginversion.BatchNormMatching(net) as matching:
+            net(x)
+            gradients = torch.autograd.grad([l, matching.loss()], [logits, x])
+        confusion = evaluation.evaluate(net, view, World(device=device))
+        sides.append([v.detach().cpu() for v in (l, *terms.values(), *gradients, confusion)])
+    (*cpu, of_cpu), (*cuda, of_cuda) = sides
+    torch.testing.assert_close(cuda, cpu, rtol=1e-3, atol=1e-6)
+    assert (of_cpu - of_cuda).abs().sum() <= 1e-3 * of_cpu.sum()
+
+
+@pytest.mark.cuda
+def test_every_convolution_on_a_gpu_gives_channels_last(gpu):
+    net, layouts = tiny((4,)).to(gpu), []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, output: layouts.append(
+                output.is_contiguous(memory_format=torch.channels_last)))
+    net(torch.randn(2, 3, 64, 64, device=gpu))
+    assert len(layouts) > 5 and all(layouts)
+
+
+def train_on_a_gpu(rank, folder, backend, device, size):
+    """Four iterations of HRHF on Shapes by one of `size` ranks, in float32; saves the weights."""
+    torch.cuda.is_available = lambda: True
+    torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda", device[rank])
+    torch.cuda.set_device(device)
+    if size > 1:
+        torch.distributed.init_process_group(backend, rank=rank, world_size=size,
+                                             init_method=f"file://{folder}/rendezvous")
+    student, teacher = tiny((16, 1)).to(device), tiny((16,), seed=1).to(device).eval()
+    view = data.View(data.Shapes("val"), range(8),
+                     protocol.label_map([[*range(1, 16)], [16]], 1, "train"),
+                     data.train_transform(64))
+    args = train.parse("--batch-size 8 --fake none --max-iters 4 --workers 0 --no-amp".split())
+    run = Run(folder / f"run-{size}", World(rank, size, device))
+    run.folder.mkdir(exist_ok=True)
+    objective = methods.METHODS["hrhf"].objective_of(student, teacher.requires_grad_(False), 1.0)
+    train.train_step(student, objective, view, 1, args, run, run_world := World(rank, size, device))
+    weights = {k: v.cpu() for k, v in student.state_dict().items()}
+    torch.save(weights, folder / f"weights-{rank}-of-{size}.pt")
+    run_world.barrier()
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("backend, devices", [("gloo", (0, 0)), ("nccl", (0, 1))])
+def test_two_ranks_on_gpus_with_shared_batch_norm_equal_one(
+        gpu, tmp_path, monkeypatch, backend, devices):
+    if GPUS <= devices[1]:
+        pytest.skip("one GPU")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", VISIBLE)
+    for size in (1, 2):
+        torch.multiprocessing.spawn(train_on_a_gpu, (tmp_path, backend, devices, size), nprocs=size)
+    one, *two = [torch.load(tmp_path / f"weights-{name}.pt")
+                 for name in ("0-of-1", "0-of-2", "1-of-2")]
+    for weights in two:
+        torch.testing.assert_close(weights, one, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_neither_loop_waits_for_the_gpu(gpu, tmp_path, monkeypatch):
+    """torch's own sync debug mode is the oracle; from the second iteration on, until a log line."""
+    mode = torch.cuda.set_sync_debug_mode
+    try:
+        seginversion.invert(tiny((4,)).to(gpu), one_hot(1, 2), torch.full((2, 4), 5.0), sizes=[64],
+                            steps=6, part=1, spectrum=1.0, on_step=lambda i, _: mode("error"))
+        mode("default")
+        add, log = train.Progress.add, train.Progress.log
+        monkeypatch.setattr(train.Progress, "add", lambda *a: (add(*a), mode("error")))
+        monkeypatch.setattr(train.Progress, "log", lambda *a: (mode("default"), log(*a)))
+        view = data.View(data.Shapes("val"), range(64),
+                         protocol.label_map([[*range(1, 21)]], 0, "train"),
+                         data.train_transform(64))
+        args = train.parse("--batch-size 8 --max-iters 6 --workers 0 --amp".split())
+        student = tiny((21,)).to(gpu)
+        train.train_step(student, methods.METHODS["hrhf"].objective_of(student, None, 1.0), view, 0,
+                         args, Run(tmp_path), World(device=gpu))
+    finally:
+        mode("default")
+
+
+@pytest.mark.cuda
+def test_memory_on_a_gpu_at_the_papers_size_is_what_the_plan_says(gpu):
+    if torch.cuda.get_device_properties(gpu).total_memory < 38e9:
+        pytest.skip("a smaller GPU than the paper's size needs")
+    args, on_gpu = train.parse("--dataset voc --pretrained none".split()), []
+    phases = lambda device: {
+        name: (work, there) for name, _, _, _, work, there in bench.phases(
+            args, [16, 1], 1000, 16, 8, gpus=4, device=device)}
+    planned = phases("meta")
+    for name, (work, there) in phases(gpu).items():
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        work()
+        plan = bench.cost(planned[name][0])[1] + sum(
+            t.nbytes for t in bench.tensors(planned[name][1]))
+        on_gpu.append((name, torch.cuda.max_memory_allocated() / plan))
+    assert all(ratio < 1.25 for _, ratio in on_gpu), on_gpu
 
 
 # -------------------------------------------------------------------------------------- README.md

@@ -155,7 +155,8 @@ def parse(argv=None):
     args.workers = default_workers() if args.workers is None else args.workers
     method_name = "" if args.method == p.get_default("method") else f"-{args.method}"
     args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}{method_name}"
-    args.fake_sizes = parse_sizes(args.fake_sizes, args.crop)
+    if args.fake_sizes is not None:
+        args.fake_sizes = parse_sizes(args.fake_sizes, args.crop)
     for step in (0, 1):
         batch_parts(args, step)
     return args
@@ -164,7 +165,7 @@ def parse(argv=None):
 def parse_sizes(text, crop):
     """--fake-sizes: growing sizes that end with --crop."""
     try:
-        sizes = [int(size) for size in text.split(",")] if text else [crop]
+        sizes = [int(size) for size in text.split(",")]
         if sizes != sorted(set(sizes)) or sizes[0] < 16 or sizes[-1] != crop:
             raise ValueError
         return sizes
@@ -317,8 +318,8 @@ def learn(step, task, args, run, world):
 def inversion(args):
     """The options of seginversion.invert."""
     steps = min(args.fake_steps, args.max_iters or args.fake_steps)
-    return {"sizes": args.fake_sizes, "steps": steps, "lr": args.fake_lr, "tv": args.tv,
-            "bn": args.bn, "spectrum": args.spectrum}
+    return {"sizes": args.fake_sizes or [args.crop], "steps": steps, "lr": args.fake_lr,
+            "tv": args.tv, "bn": args.bn, "spectrum": args.spectrum}
 
 
 def old_images(teacher, step, task, args, run, world):
