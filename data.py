@@ -98,7 +98,10 @@ class Files:
         """The last scan, {} if there is none or it is damaged."""
         try:
             found = json.loads(self.cache.read_text()) if self.cache.is_file() else {}
-            return found if found["sha256"] == sha256(json.dumps(found["scan"])) else {}
+            whole = len(found["scan"]) == len(self) and all(
+                isinstance(digest, str) and all(type(i) is int for i in ids)
+                for ids, digest in found["scan"])
+            return found if whole and found["sha256"] == sha256(json.dumps(found["scan"])) else {}
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return {}
 
@@ -106,7 +109,8 @@ class Files:
         stats = []
         for path in (path for pair in zip(self.images, self.masks, strict=True) for path in pair):
             check_file(path)
-            stats.append((str(path), (s := os.stat(path)).st_size, s.st_mtime_ns))
+            s = os.stat(path)                               # ctime: `cp -p` keeps the other
+            stats.append((str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns))
         return sha256(json.dumps([stats, len(self.classes)]))
 
     def scan(self):
@@ -340,6 +344,9 @@ class View(torch.utils.data.Dataset):
         if position < len(self.indices):
             image, mask = self.dataset.read(self.indices[position])
             mask = self.table[torch.from_numpy(np.array(mask)).long()]
+            if mask.shape != image.size[::-1]:
+                raise InputError(f"{self.dataset.masks[self.indices[position]]}: changed while the "
+                                 "run was on")
         else:
             image = read_image(self.fakes[position - len(self.indices)])
             mask = torch.zeros(image.size[::-1], dtype=torch.uint8)
@@ -402,11 +409,14 @@ def prepare_voc(root):
         datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
     parts = [datasets.SBDataset(sbd, part, "segmentation", download=not (sbd / "val.txt").is_file())
              for part in ("train", "val")]
+    for path in [lists / "train.txt", lists / "val.txt", *(m for p in parts for m in p.masks)]:
+        check_file(path)
     train, val = ((lists / f"{split}.txt").read_text().split() for split in ("train", "val"))
     target.mkdir(exist_ok=True)
     names = set(train)
     for name in train:                                  # VOC's own mask wins over SBD's
-        pixels = (voc / "SegmentationClass" / f"{name}.png").read_bytes()
+        check_file(path := voc / "SegmentationClass" / f"{name}.png")
+        pixels = path.read_bytes()
         write_atomically(target / f"{name}.png", lambda p: p.write_bytes(pixels))
     for part, i, path in [(part, i, path) for part in parts for i, path in enumerate(part.masks)]:
         name = Path(path).stem
@@ -441,7 +451,9 @@ def main(argv=None):
     args = parse(argv)
     try:
         {"voc": prepare_voc, "ade": prepare_ade}[args.dataset](args.data_root)
-    except (OSError, RuntimeError) as error:    # RuntimeError: torchvision's for a broken archive
+    except InputError:
+        raise
+    except Exception as error:                  # torchvision's and scipy's, for a broken archive
         raise InputError(f"could not prepare {args.dataset} in {args.data_root}: {error}") from None
 
 

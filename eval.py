@@ -28,7 +28,7 @@ from torchvision.utils import draw_segmentation_masks
 
 import data
 import protocol
-from fakes import judge_fakes
+from fakes import digest, judge_fakes
 from fast import upsample_rows
 from model import load_model, upsample
 from pictures import ENDINGS, read_image
@@ -169,14 +169,19 @@ def compare(runs, csv_path):
             continue
         results = read_json(path, {"final": dict, "settings": dict, "flags": str})
         s, score = results["settings"], results["final"]["background excluded"]
-        column = (s["dataset"], s["task"], s["setting"])
-        label = f"{s['method']} {results['flags']}".strip()
+        try:
+            column = tuple(printable(s[k]) for k in ("dataset", "task", "setting"))
+            label = printable(f"{s['method']} {results['flags']}".strip())
+            ours = [math.nan if score[k] is None else 100 * float(score[k])
+                    for k in ("old", "new", "all")]
+            seed = int(s["seed"])
+        except (LookupError, TypeError, ValueError, OverflowError):
+            raise InputError(f"{path}: damaged; run train.py again") from None
         theirs = paper.get(column, {}).get(label, [None] * 3)
-        ours = [math.nan if score[k] is None else 100 * score[k] for k in ("old", "new", "all")]
         text = " / ".join(f"{v:.1f}" for v in ours)
         text += f" ({' / '.join(f'{v:.1f}' for v in theirs)})" if theirs[0] is not None else ""
         cells.setdefault(label, {}).setdefault(column, []).append(text)
-        lines += [[run, label, *column, s["seed"], group, f"{v:.2f}", p and f"{p:.1f}"]
+        lines += [[run, label, *column, seed, group, f"{v:.2f}", p and f"{p:.1f}"]
                   for group, v, p in zip(("old", "new", "all"), ours, theirs)]
     columns = list(dict.fromkeys(c for row in cells.values() for c in row))
     heads = " | ".join(" ".join(c) for c in columns)
@@ -309,6 +314,9 @@ def score_fakes(run, step, judge, dataset, device):
                 for model, about in [load_model(path, device)]]
     if gone := [c for c in networks[0][1][1:] if c not in dataset.classes]:
         raise InputError(f"{run.folder}: knows {gone[0]}, which --data-root has not")
+    plan = read_json(folder / "plan.json", {"model": str})
+    if plan["model"] != digest(networks[0][0]):
+        raise InputError(f"--fakes {step}: {folder} was not made from this run's step {step - 1}")
     if judge and (unknown := [c for c in networks[0][1] if c not in networks[1][1]]):
         raise InputError(f"--judge {judge}: does not know {unknown[0]}")
     print_fakes(judge_fakes(folder, networks[0], dataset, *networks[1:]))
@@ -324,7 +332,8 @@ def score_again(run, settings, dataset, world):
     except (LookupError, TypeError, ValueError, RuntimeError):
         raise InputError(f"{path}: damaged; remove it, then run train.py again") from None
     order, n = settings["order"], len(dataset.classes) - 1
-    if order is not None and sorted(map(str, order)) != sorted(map(str, range(1, n + 1))):
+    ids = order is None or all(type(c) is int for c in order)
+    if not ids or order is not None and sorted(order) != list(range(1, n + 1)):
         raise InputError(f"{run.folder}/settings.json: its order is not of the data's {n} classes")
     groups = protocol.task_steps(settings["task"], n, order)
     steps = groups if len(recorded) > 1 else [sum(groups, [])]              # Joint has one step
@@ -366,6 +375,9 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    if "" in [value for given in vars(args).values()
+              for value in (given if isinstance(given, list) else [given])]:
+        raise InputError("an argument is empty: a shell variable that is not set?")
     if args.compare:
         return compare(args.compare, Path("compare.csv"))
     if not args.run:
@@ -387,6 +399,8 @@ def main(argv=None):
         run.folder / "settings.json",
         {"dataset": str, "task": str, "crop": int, "setting": str, "method": str, "amp": bool,
          "data_root": str, "order": (list, type(None))}, "run the command that made it again")
+    if not 16 <= settings["crop"] <= 10 ** 4:
+        raise InputError(f"{run.folder}/settings.json: damaged; run the command that made it again")
     root = args.data_root or settings["data_root"]
     if args.fakes is not None:
         dataset = data.load(settings["dataset"], root, "train")

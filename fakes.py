@@ -64,7 +64,7 @@ def parse_r(text):
         r = named[text] if text in named else float(text)
     except ValueError:
         r = -1.0
-    if r is not None and not r >= 0:
+    if r is not None and not (0 <= r < 1e30 or r == math.inf):
         raise InputError(f"--r {text}: expected random, random-image, avg, max or a number >= 0")
     return r
 
@@ -164,7 +164,7 @@ def intact(path, lines):
     """Whether a fake is as its line says: one that is not is made again, with its batch."""
     line = dict(lines.get(path.name, {}))
     whole = line.pop("line", None) == sha256(json.dumps(line))
-    return whole and path.is_file() and sha256(path.read_bytes()) == line["sha256"]
+    return whole and path.is_file() and sha256(path.read_bytes()) == line.get("sha256")
 
 
 def claim(folder, world, plan):
@@ -248,11 +248,14 @@ def read_fakes(folder, num_classes):
     lines, known = read_lines(folder / "manifest.jsonl"), set(range(1, num_classes))
     try:
         fakes = [(folder / name, line["classes"][1:]) for name, line in lines.items()]
-        if fakes and all(intact(path, lines) and set(classes) <= known for path, classes in fakes):
+        number = read_json(folder / "plan.json", {"num_images": int})["num_images"]
+        if len(fakes) == number and all(
+                intact(path, lines) and set(classes) <= known
+                and all(type(c) is int for c in classes) for path, classes in fakes):
             return fakes
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, InputError):
         pass
-    raise InputError(f"{folder} holds no finished set of fakes (manifest.jsonl or an image is "
+    raise InputError(f"{folder} holds no finished set of fakes (plan, manifest or an image is "
                      "missing or damaged)")
 
 
@@ -362,8 +365,8 @@ def check(args, names):
         raise InputError(f"--images {args.images}: fewer than the {len(asked)} sets of --classes")
     if not 0 <= args.seed < 2 ** 63:
         raise InputError(f"--seed {args.seed}: must be at least 0 and below 2**63")
-    if Path(args.out).is_dir() or not Path(args.out).resolve().parent.is_dir():
-        raise InputError(f"--out {args.out}: name a picture in a folder that is there")
+    if not args.out.lower().endswith(".png") or not Path(args.out).resolve().parent.is_dir():
+        raise InputError(f"--out {args.out}: name a .png in a folder that is there")
     if drawn := next((text for text in args.r.split(",") if parse_r(text) is None), None):
         raise InputError(f"--r {drawn}: name the scales to compare instead, such as 0.5,5,10")
     return [[names.index(c) for c in group] for group in asked]

@@ -133,7 +133,10 @@ def load_backbone_file(net, path):
         kinds = ("missing", missing), ("unexpected", unexpected), ("of another shape", resized)
         first = [f"{len(keys)} {what}, first {keys[0]}" for what, keys in kinds if keys]
         raise InputError(f"--pretrained {path} does not fit this backbone: {'; '.join(first)}")
-    net.load_state_dict(state)
+    try:
+        net.load_state_dict(state)
+    except (RuntimeError, NotImplementedError) as error:    # a sparse tensor, or one without values
+        raise InputError(f"--pretrained {path}: {reason(error)}") from None
 
 
 def pretrained_network(backbone, pretrained):
@@ -273,7 +276,11 @@ def read_checkpoint(path, way_out):
         if not isinstance(checkpoint, dict):
             raise ValueError
         return checkpoint
-    except Exception:                                       # of a wrong file torch raises anything
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    except Exception as error:                              # of a wrong file torch raises anything
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise
         raise InputError(f"{path}: damaged, or no file of train.py; {way_out}") from None
 
 
@@ -288,16 +295,22 @@ def load_model(path, device="cpu", expected=None, way_out=THIS_STEP_AGAIN):
     checkpoint = read_checkpoint(path, way_out)
     try:
         sizes, classes = checkpoint["classes_per_step"], checkpoint["classes"]
-        if not sum(sizes) == len(classes) <= 256 or min(sizes) < 1:
+        state = checkpoint.pop("model")
+        if not sum(sizes) == len(classes) <= 256 or min(sizes) < 1 or not all(
+                bool(v.isfinite().all()) for v in state.values()):
             raise ValueError
         checkpoint["classes"] = [printable(name) for name in classes]
         model = DeepLabV3(checkpoint["backbone"], sizes)
-        model.load_state_dict(checkpoint.pop("model"))
+        model.load_state_dict(state)
         differing = [key for key, value in (expected or {}).items() if checkpoint[key] != value]
         inversion = checkpoint["inversion"]
-        numbers = [v for v in inversion.values() if v is not inversion["sizes"]]
-        numbers += [*inversion["sizes"], *checkpoint["seconds"].values()]
-        if not (all(isinstance(v, (int, float)) and 0 <= v < 1e12 for v in numbers)
+        steps, sizes = inversion["steps"], inversion["sizes"]
+        numbers = [v for v in inversion.values() if v is not sizes]
+        numbers += [*sizes, *checkpoint["seconds"].values()]
+        if not (all(isinstance(v, (int, float)) and 0 <= v <= 1e12 for v in numbers)
+                and all(isinstance(v, int) for v in [steps, *sizes])
+                and inversion.keys() == {"sizes", "steps", "lr", "tv", "bn", "spectrum"}
+                and isinstance(checkpoint["method"], str)
                 and isinstance(checkpoint["crop"], int) and 0 < checkpoint["crop"] <= 10 ** 4
                 and {"method", "objective"} <= checkpoint.keys()):
             raise ValueError

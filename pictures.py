@@ -97,6 +97,9 @@ def read_mask(path, num_classes=VOID - 1, verify=False):
 def check_palette(mask, path, num_classes):
     """An index with the colour of another id: an optimiser or editor has renumbered the palette."""
     valid, own = [*range(num_classes + 1), VOID], mask.getpalette("RGB") or []
+    if own == Image.new("RGB", (1, 1)).convert("P").getpalette():
+        raise InputError(f"{path}: has Pillow's palette for coloured pictures, so its numbers are "
+                         "colours and no ids; save the ids themselves as 8-bit grey")
     for index in (i for i, count in enumerate(mask.histogram()) if count):
         colour = own[3 * index:3 * index + 3]
         if colour in ([index] * 3, palette()[index].tolist()):

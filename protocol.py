@@ -43,13 +43,15 @@ def task_steps(task, num_classes, order=None):
 
 def parse_order(text, classes):
     """--order, ids or names with commas between or a file of them -> the ids, every class once."""
-    if os.path.isfile(text):
+    if os.path.isfile(text) and "," not in text:
         try:
             text = Path(text).read_text(encoding="utf-8-sig")
         except ValueError:
             raise InputError(f"--order {text}: not UTF-8 text") from None
     words = [word.strip() for word in re.split(r"[,\n]", text) if word.strip()]
     ids = {name: i for i, name in enumerate(classes)} | {str(i): i for i in range(len(classes))}
+    if any(ids[name] != i for i, name in enumerate(classes)):
+        raise InputError("--order: a class has another's id for a name; rename it in classes.txt")
     wrong = [word for i, word in enumerate(words) if not ids.get(word) or word in words[:i]]
     missing = [name for i, name in enumerate(classes) if i and {name, str(i)}.isdisjoint(words)]
     if wrong or missing or len(words) != len(classes) - 1:

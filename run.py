@@ -43,17 +43,25 @@ class Stopped(BaseException):
 
 
 MEMORY = "memory is short: lower --fake-batch, --batch-size or --crop"
-LOADER = ("a loader process died, for want of memory or of /dev/shm (docker: --shm-size); "
+LOADER = ("a loader process died, for want of memory or of /dev/shm (docker: --shm-size); train.py "
           "--workers 0 does without")
+FULL = "the disk of the output, or /dev/shm (docker: --shm-size), is full"
+FEW = "too few processes or open files are allowed (ulimit -u, -n); train.py --workers 0 needs less"
 RANK = "another process of this run has ended; what it printed says why"
 RESOURCES = {                           # in what PyTorch says -> what to do
-    "out of memory": MEMORY, "can't allocate memory": MEMORY, "DataLoader worker": LOADER,
-    "shared memory": LOADER, "received 0 items": LOADER, "Connection closed": RANK,
-    "Connection reset": RANK}
+    "out of memory": MEMORY, "can't allocate memory": MEMORY, "is killed by signal": LOADER,
+    "exited unexpectedly": LOADER, "shared memory": LOADER, "received 0 items": LOADER,
+    "Connection closed": RANK, "Connection reset": RANK, "can't start new thread": FEW,
+    "Too many open files": FEW}
+
+
+OWNER = os.getpid()
 
 
 def stop(number, frame):
     """Raise Stopped; and again, as Python drops what is raised inside a destructor or a fork."""
+    if os.getpid() != OWNER:                                # a loader process, just forked
+        os._exit(128 + number)
     signal.signal(number, signal.SIG_DFL)                   # a second one ends at once
     if hasattr(signal, "setitimer"):                        # not on Windows
         def again(*_):
@@ -82,7 +90,7 @@ def plain_errors(program):
 
     Ctrl-C and SIGTERM: one line, and exit code 130 or 143.
     """
-    for stream in (sys.stdout, sys.stderr):                 # a terminal that lacks a character
+    for stream in filter(None, (sys.stdout, sys.stderr)):   # a terminal that lacks a character
         stream.reconfigure(errors="replace")
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     ending = []                                             # a sentence is enough by then
@@ -97,10 +105,10 @@ def plain_errors(program):
         return
     except (InputError, FloatingPointError) as error:
         # An error in a loader's worker arrives with the worker's traceback in front.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("run.InputError: ")
+        sentence = str(error).rpartition("run.InputError: ")[2].strip()
     except OSError as error:
         sentence = f"{error.filename}: {error.strerror}" if error.filename else \
-            LOADER if error.errno == errno.ENOSPC else str(error)       # shared memory has no name
+            FULL if error.errno == errno.ENOSPC else str(error)
     except Stopped as signalled:
         stop_no_more()
         number = signalled.args[0]
@@ -114,7 +122,7 @@ def plain_errors(program):
             raise
         sentence = (known or [MEMORY])[0]
     ending.append(code)
-    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+    print(f"{program}: {printable(sentence)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -123,6 +131,7 @@ def plain_errors(program):
 def contents(checkpoint):
     """A digest of a checkpoint by its zip's checksums, without reading it all; None without one."""
     try:
+        check_file(checkpoint)
         with zipfile.ZipFile(checkpoint) as archive:
             return sha256(json.dumps([[i.filename, i.CRC] for i in archive.infolist()]))
     except (OSError, ValueError, zipfile.BadZipFile):
@@ -134,6 +143,8 @@ def write_atomically(path, write):
     cut. InputError, with the file and the disk's free space, if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if path.exists():
+        check_file(path)                                    # not to replace a device
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -186,7 +197,9 @@ def read_json(path, expected, way_out="remove it, then run train.py again, which
         if value.pop("sha256") == sha256(json.dumps(value)) and all(
                 isinstance(value[key], kind) for key, kind in expected.items()):
             return value
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise InputError(f"{path}: damaged; {way_out}")
 
@@ -247,7 +260,7 @@ class World(NamedTuple):
 
 def of_torchrun(name, default):
     value = os.environ.get(name, str(default))
-    if not value.isdigit():
+    if not value.isdecimal():
         raise InputError(f"{name}={value}: an environment variable of torchrun's; unset it")
     return int(value)
 
@@ -256,13 +269,16 @@ def setup():
     """The World, from torchrun's environment."""
     rank, size, local = (of_torchrun(name, default) for name, default in
                          [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)])
+    if rank >= size:
+        raise InputError(f"RANK={rank} and WORLD_SIZE={size}: environment variables of torchrun's; "
+                         "unset them, or start with torchrun")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     if size > 1:                                # ranks wait for each other's last batch of fakes
-        if "MASTER_ADDR" not in os.environ:
+        if not {"MASTER_ADDR", "RANK"} <= os.environ.keys():
             raise InputError("WORLD_SIZE is set without torchrun; unset it, or start with torchrun")
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
     return World(rank, size, device)
@@ -322,6 +338,7 @@ class Run:
 
     def __init__(self, folder, world=World()):
         self.folder, self.rank, self.seconds = Path(folder), world.rank, {}
+        self.settings = None                    # a digest of them, from claim()
         self.last = self.folder / "last.pth"    # the training step that is under way
 
     def checkpoint(self, step):
@@ -343,7 +360,11 @@ class Run:
         except InputError:
             print(f"note: {path}: damaged; the step is scored again", file=sys.stderr)
             return {}
-        return record if record["of"] == [network, contents(self.checkpoint(step))] else {}
+        n, rows = len(network["classes"]), record["confusion"]
+        whole = len(rows) == n and all(isinstance(row, list) and len(row) == n and all(
+            type(v) is int and 0 <= v < 2 ** 62 for v in row) for row in rows)
+        of_this = record["of"] == [network, contents(self.checkpoint(step))]
+        return record if whole and of_this else {}
 
     def write_record(self, step, network, confusion, seconds):
         write_json(self.record(step), {"confusion": confusion, "seconds": seconds,
@@ -357,6 +378,7 @@ class Run:
 
         settings: {name of a flag: value}, and under "data" a digest of the data, which may move.
         They are fixed from the first write on. The folder is this process's until it ends.
+        Returns a digest of them.
         """
         with contextlib.suppress(FileExistsError):          # a file: locking says so
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -378,6 +400,8 @@ class Run:
             if re.fullmatch(r"\.[\w-]+\.(json|jsonl|pth|png)\.\d+\.tmp", litter.name):
                 litter.unlink()                             # of a process that was killed
         write_json(path, settings, indent=1)
+        places = ("data_root", "step0")                     # may differ from launch to launch
+        return sha256(json.dumps({k: v for k, v in settings.items() if k not in places}))
 
     def log(self, **event):
         """One JSON line an event, the same to screen and log.jsonl; rank 0 only."""

@@ -1172,8 +1172,8 @@ def test_an_incompatible_weights_file_names_the_first_missing_and_unexpected_key
 
 
 # what a checkpoint says of its run
-ABOUT = {"crop": 32, "inversion": {"sizes": [32]}, "method": "hrhf", "objective": None,
-         "seconds": {}}
+ABOUT = {"crop": 32, "method": "hrhf", "objective": None, "seconds": {},
+         "inversion": {"sizes": [32], "steps": 2, "lr": 1.0, "tv": 1e12, "bn": 0, "spectrum": 0}}
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_without_escape_codes_in_its_names(tmp_path):
@@ -1218,7 +1218,16 @@ def test_a_checkpoint_with_a_changed_byte_or_without_what_it_must_say_is_refused
         model.save_model(net, path, **about)
         with refused():
             model.load_model(path)
-    model.save_model(net, path, classes=["a"] * 7, **ABOUT)     # not as many as outputs
+    odd = [{"classes": ["a"] * 7}, {"method": ["hrhf"]},        # not as many as outputs
+           *({"inversion": {**ABOUT["inversion"], **wrong}} for wrong in (
+               {"steps": 2.5}, {"seed": 1}, {"sizes": 32}, {"lr": math.nan}, {"tv": 2e12}))]
+    for wrong in odd:
+        model.save_model(net, path, **{"classes": ["a"] * 6, **ABOUT, **wrong})
+        with refused():
+            model.load_model(path)
+    with torch.no_grad():
+        net.classifiers[0].bias[0] = math.inf
+    model.save_model(net, path, classes=["a"] * 6, **ABOUT)
     with refused():
         model.load_model(path)
     for value in ([1, 2], {"model": 3}):
@@ -1397,6 +1406,8 @@ def test_an_order_deals_the_classes_and_every_class_is_in_it_once(tmp_path):
     assert protocol.task_steps("offline", 4, order) == [[4, 3, 1, 2]]
     many = [str(i) for i in range(151)]
     assert protocol.parse_order(",".join(many[:0:-1]), many) == list(range(150, 0, -1))     # ADE
+    with pytest.raises(InputError, match="a class has another's id for a name"):
+        protocol.parse_order("2,1", ["background", "2", "1"])
     for text, what in (("4,3,1", "dog is missing"), ("4,3,1,1", "1 is unknown or there twice"),
                        ("4,3,1,cat", "a class is there twice|dog is missing"),
                        ("4,3,1,0", "0 is unknown"), ("4,3,1,pig", "pig is unknown"),
@@ -1766,9 +1777,22 @@ def test_hidden_files_are_passed_over_and_class_names_lose_escape_codes(tmp_path
 def test_a_damaged_cache_of_labels_is_made_again(tmp_path):
     dataset = data.load("folder", make_folder(tmp_path), "train")
     labels, digest, text = dataset.labels(), dataset.digest, dataset.cache.read_text()
-    for damaged in (text.replace("[0, 1, 255]", "[0, 2, 255]", 1), text[:50], "[" * 100_000, ""):
+    signed = lambda scan: json.dumps({"key": json.loads(text)["key"], "scan": scan,
+                                      "sha256": run_module.sha256(json.dumps(scan))})
+    for damaged in (text.replace("[0, 1, 255]", "[0, 2, 255]", 1), text[:50], "[" * 100_000, "",
+                    signed([]), signed([[["a"], "b"]] * len(dataset)), signed([1] * len(dataset))):
         dataset.cache.write_text(damaged)
         assert dataset.labels() == labels and dataset.digest == digest
+
+
+def test_a_file_replaced_by_one_of_its_size_and_time_is_scanned_again(tmp_path):
+    dataset = data.load("folder", make_folder(tmp_path), "train")
+    labels, mask = dataset.labels(), dataset.masks[0].with_suffix(".bmp")
+    dataset.masks[0] = mask
+    for ids in ([0, 1], [0, 2]):
+        Image.fromarray(np.array(ids, np.uint8).repeat(20 * 36).reshape(40, 36)).save(mask)
+        os.utime(mask, ns=(10 ** 18, 10 ** 18))
+        assert dataset.labels() == [ids, *labels[1:]]
 
 
 # -------------------------------------------------------------------------------------- pictures.py
@@ -1814,6 +1838,14 @@ def test_a_palette_that_a_program_has_renumbered_is_refused(tmp_path, colours, i
     else:
         with pytest.raises(InputError, match=f"m.png: {sentence}.* save the ids as 8-bit grey"):
             pictures.read_mask(tmp_path / "m.png", 20)
+
+
+def test_a_coloured_mask_that_pillow_made_a_palette_for_is_refused(tmp_path):
+    ids = Image.fromarray(np.array([[0, 1]], np.uint8))
+    ids.putpalette(data.palette().tobytes())
+    ids.convert("RGB").convert("P").save(tmp_path / "m.png")
+    with pytest.raises(InputError, match="m.png: has Pillow's palette for coloured pictures"):
+        pictures.read_mask(tmp_path / "m.png")
 
 
 def test_a_mask_must_be_lossless_and_of_one_channel_or_three_equal_ones(tmp_path):
@@ -2088,6 +2120,7 @@ def test_fakes_are_judged_class_by_class_as_in_a_naive_count(tmp_path, capsys):
              for name, classes in asked.items()]
     lines = [{**line, "line": run_module.sha256(json.dumps(line))} for line in lines]
     (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run_module.write_json(tmp_path / "plan.json", {"num_images": 3})
     make_folder(tmp_path / "real", train=6, val=1)
     dataset = data.load("folder", tmp_path / "real", "train")
     names = dataset.classes[:3]
@@ -2115,6 +2148,22 @@ def test_a_damaged_list_of_fakes_is_named(tmp_path, text):
     (tmp_path / "manifest.jsonl").write_text(text)
     with pytest.raises(InputError, match="holds no finished set"):
         fakes.judge_fakes(tmp_path, (tiny((3,)), ["background"]), None)
+
+
+def test_a_part_of_the_fakes_or_another_networks_are_not_judged(finished, tmp_path):
+    shutil.copytree(finished / "run", tmp_path / "run")
+    manifest = tmp_path / "run/fakes-step-2/manifest.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[:5]))
+    with pytest.raises(InputError, match="holds no finished set"):
+        evaluation.main([f"{tmp_path}/run", "--fakes", "2"])
+    manifest.write_text("".join(lines))
+    for name in ("plan.json", "manifest.jsonl"):
+        shutil.copyfile(finished / "run/fakes-step-1" / name, manifest.with_name(name))
+    for path in (finished / "run/fakes-step-1").glob("*.png"):
+        shutil.copyfile(path, manifest.with_name(path.name))
+    with pytest.raises(InputError, match="was not made from this run's step 1"):
+        evaluation.main([f"{tmp_path}/run", "--fakes", "2"])
 
 
 def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
@@ -2197,6 +2246,8 @@ def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch)
     ("--r -1", "--r -1: expected random"),
     ("--r big", "--r big: expected random"),
     ("--fake-sizes 32,16,64", "--fake-sizes 32,16,64: expected growing sizes"),
+    ("--r 1e38", "--r 1e38: expected random"),
+    ("--split-dir=", "--split-dir: empty"),
     ("--fake-sizes 8,64", "--fake-sizes 8,64: expected"),
     ("--fake-sizes 32", "--fake-sizes 32: expected growing sizes, from 16 on, which end with "
      "--crop, 64"),
@@ -2722,6 +2773,9 @@ def test_one_process_owns_a_run_folder_from_its_first_write_to_its_end(tmp_path)
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is short"),
     (MemoryError(), "memory is short"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--workers 0"),
+    (RuntimeError("can't start new thread"), "too few processes"),
+    (OSError(28, "No space left on device"), "the disk of the output, or /dev/shm"),
+    (InputError("a\nb\x1b[31m.png: odd"), "x.py: ab[31m.png: odd\n"),
     (RuntimeError("unable to allocate shared memory(shm)"), "--shm-size"),
     (RuntimeError("[gloo] Connection closed by peer"), "another process of this run has ended"),
 ])
@@ -2731,6 +2785,37 @@ def test_short_resources_are_one_sentence_with_the_flag_that_helps(capsys, error
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="a bug"), run_module.plain_errors("x.py"):
         raise RuntimeError("a bug")                         # is not dressed up
+
+
+def test_a_pipe_is_not_replaced_and_short_memory_does_not_call_a_file_damaged(
+        tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert run_module.contents(tmp_path / "pipe.pth") is None
+    with pytest.raises(InputError, match="pipe.pth: not a regular file"):
+        run_module.write_atomically(tmp_path / "pipe.pth", lambda p: p.write_text("x"))
+    model.save_model(tiny((4, 2)), tmp_path / "c.pth", classes=["a"] * 6, **ABOUT)
+    for error, kind, sentence in (
+            (MemoryError(), MemoryError, ""), (PermissionError(13, "denied"), InputError,
+                                               "c.pth: cannot be read .denied."),
+            (RuntimeError("can't allocate memory"), RuntimeError, "allocate")):
+        def fail(*_, error=error, **__):
+            raise error
+        monkeypatch.setattr(torch, "load", fail)
+        with pytest.raises(kind, match=sentence):
+            model.load_model(tmp_path / "c.pth")
+
+
+def test_closed_streams_and_odd_ranks_are_no_tracebacks(monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "stdout", None)
+        with run_module.plain_errors("x.py"):
+            raise InputError("bad")
+    assert stop.value.code == 2 and capsys.readouterr().err == "x.py: bad\n"
+    for rank, size in (("1", "1"), ("0", "0"), ("\u00b2", "4")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(InputError, match="RANK"):
+            run_module.setup()
 
 
 def test_a_file_that_cannot_be_written_is_named_with_the_free_space_and_the_old_one_stays(tmp_path):
@@ -2833,6 +2918,30 @@ def test_step_files_of_another_task_or_network_are_refused(
         train_on(finished, tmp_path / "run", f"--max-iters 1 --task {task}")
 
 
+def test_later_steps_of_another_method_are_refused(finished, tmp_path):
+    (tmp_path / "run").mkdir()
+    for path in (finished / "run").glob("step-*"):
+        shutil.copyfile(path, tmp_path / "run" / path.name)
+    with pytest.raises(InputError, match="step-1.pth: its method differs"):
+        train_on(finished, tmp_path / "run", "--epochs 2 --method mib")
+
+
+def test_a_step_under_way_of_other_settings_is_not_gone_on_from(finished, tmp_path, monkeypatch):
+    stop_at(monkeypatch, {("hrhf", 12)}, ("METHODS", "hrhf"))                  # in step 1
+    with pytest.raises(KeyboardInterrupt):
+        train_on(finished, tmp_path / "a", "--epochs 2")
+    (tmp_path / "b").mkdir()
+    for name in ("step-0.pth", "step-0.json", "last.pth"):
+        shutil.copyfile(tmp_path / "a" / name, tmp_path / "b" / name)
+    with pytest.raises(InputError, match="last.pth: of another run, network or method"):
+        train_on(finished, tmp_path / "b", "--epochs 2 --lr 0.002")
+    state = torch.load(tmp_path / "a/last.pth", weights_only=True)
+    for iteration in (1.0, 999, 0, math.inf):
+        torch.save({**state, "iteration": iteration}, tmp_path / "a/last.pth")
+        with pytest.raises(InputError, match="last.pth: of another run, network or method"):
+            train_on(finished, tmp_path / "a", "--epochs 2")
+
+
 def test_scores_of_another_run_are_not_taken_for_this_ones(finished, tmp_path):
     train_on(finished, tmp_path / "a", "--max-iters 2 --crop 48 --fake none")
     train_on(finished, tmp_path / "b", "--max-iters 2 --crop 32 --fake none")
@@ -2876,6 +2985,10 @@ def test_a_damaged_record_is_scored_again_to_the_same_numbers(finished, tmp_path
     (tmp_path / "run/step-1.json").write_text(json.dumps(record))
     train_on(finished, tmp_path / "run", "--epochs 2")
     assert "step-1.json: damaged; the step is scored again" in capsys.readouterr().err
+    for confusion in ([[1]], [1, 2, 3], [[1, 2, 3]] * 2 + [[1, 2]], [[-1, 0, 0]] * 3,
+                      [["a"] * 3] * 3, [[10 ** 30] * 3] * 3):
+        run_module.write_json(tmp_path / "run/step-1.json", {**record, "confusion": confusion})
+        train_on(finished, tmp_path / "run", "--epochs 2")
     again = json.loads((tmp_path / "run/results.json").read_text())
     assert [s["confusion"] for s in again["steps"]] == [s["confusion"] for s in results["steps"]]
 
@@ -3035,6 +3148,7 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
     (["{run}", "--judge", "other.pth"], "--judge: judges --fakes"),
     (["{run}", "--fakes", "1", "--predict", "a.jpg"], "--predict and --fakes: one at a time"),
     (["{run}", "--predict", "{run}/fakes-step-1/empty"], "no picture in this folder"),
+    (["{run}", "--predict", ""], "an argument is empty"),
 ])
 def test_eval_ends_with_one_sentence_on_bad_input(finished, capsys, arguments, sentence):
     (finished / "run/fakes-step-1/empty").mkdir(exist_ok=True)

@@ -130,7 +130,8 @@ LIMITS = {"batch_size": (2, 10 ** 6),
           **dict.fromkeys("epochs epochs0 fake_batch fake_classes fake_steps num_fakes "
                           "max_iters".split(), (1, 10 ** 6)),
           **dict.fromkeys("lam tv bn".split(), (0, 1e12)), "crop": (16, 10 ** 4),
-          **dict.fromkeys("lr lr0 fake_lr".split(), (1e-12, 1e30)), "workers": (0, 1000),
+          **dict.fromkeys("lr lr0".split(), (1e-12, 1e30)), "fake_lr": (1e-12, 1e12),
+          "workers": (0, 1000),
           "spectrum": (0, 4), "seed": (0, 2 ** 63 - 1)}     # spectrum: photographs are near 1
 
 
@@ -141,6 +142,8 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
+    if empty := next((name for name, value in vars(args).items() if value == ""), None):
+        raise InputError(f"--{empty.replace('_', '-')}: empty")         # a shell variable, unset
     for name, (least, most) in LIMITS.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
@@ -246,8 +249,12 @@ class Task(NamedTuple):
         return [self.train_set.classes[c] for c in [0, *sum(self.steps[:step + 1], [])]]
 
     def network(self, step, args):
-        """What a checkpoint of a step must say of itself: it may be a copy of another run's."""
-        return {"backbone": args.backbone, "classes": self.names(step), "crop": args.crop,
+        """What a checkpoint of a step must say of itself: it may be a copy of another run's.
+
+        Methods may share a step 0 (check_method says which), but no later step.
+        """
+        method = {"method": args.method} if step else {}
+        return {**method, "backbone": args.backbone, "classes": self.names(step), "crop": args.crop,
                 "setting": args.setting, "void": args.void, "step": step,
                 "classes_per_step": [1 + len(self.steps[0]), *map(len, self.steps[1:step + 1])]}
 
@@ -308,7 +315,8 @@ def learn(step, task, args, run, world):
     if images:
         train_step(student, objective, view, step, args, run, world)
     if world.rank == 0:
-        save_model(student, run.checkpoint(step), **task.network(step, args), method=args.method,
+        save_model(student, run.checkpoint(step), **task.network(step, args) | {
+                       "method": args.method},
                    inversion=inversion(args), seconds=run.seconds,
                    objective=objective.state_dict())
         run.last.unlink(missing_ok=True)
@@ -362,7 +370,7 @@ def distributed(student, world):
         student, [world.device] if cuda else None, gradient_as_bucket_view=True)
 
 
-def go_on(run, step, parts):
+def go_on(run, step, iterations, parts):
     """Load an interrupted step's last whole epoch into `parts`; the iterations it had done."""
     if not run.last.exists():
         return 0
@@ -371,13 +379,15 @@ def go_on(run, step, parts):
     try:
         if state["step"] != step:
             return 0
-        if not 0 < int(state["iteration"]) == state["iteration"]:
+        if type(state["iteration"]) is not int or not 0 < state["iteration"] <= iterations:
             raise ValueError
+        if state["settings"] != run.settings:
+            raise LookupError
         for name, part in parts.items():
             part.load_state_dict(state[name])
         run.seconds.update(state["seconds"])
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError):
-        raise InputError(f"{run.last}: of another network or method; {way_out}") from None
+        raise InputError(f"{run.last}: of another run, network or method; {way_out}") from None
     run.log(step=step, resumed_at=state["iteration"])
     return state["iteration"]
 
@@ -434,7 +444,7 @@ def train_step(student, objective, view, step, args, run, world):
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     parts = {"model": student, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler,
              "objective": objective}
-    start = go_on(run, step, parts)
+    start = go_on(run, step, iterations, parts)
     before = run.seconds.get("training", 0.0)
     wrapped = distributed(student, world).train()
     loader = DataLoader(
@@ -462,6 +472,7 @@ def train_step(student, objective, view, step, args, run, world):
             run.seconds["training"] = before + time.monotonic() - progress.began
         if epoch_ends and world.rank == 0:
             state = {"step": step, "iteration": iteration, "seconds": run.seconds,
+                     "settings": run.settings,
                      **{name: part.state_dict() for name, part in parts.items()}}
             write_atomically(run.last, lambda p: torch.save(state, p))
     if not all(bool(v.isfinite().all()) for v in student.state_dict().values()):
@@ -474,6 +485,7 @@ def train_step(student, objective, view, step, args, run, world):
 def score(step, task, args, run, world):
     """Test what is on the disk after a step; its record is written last."""
     model, about = load_model(run.checkpoint(step), world.device, task.network(step, args))
+    check_method(run.checkpoint(step), about, args)
     run.seconds = about["seconds"]
     view = test_view(task.test_set, task.test_labels, task.steps, step, args.crop, args.dataset)
     with run.timed("evaluation"):
@@ -495,6 +507,9 @@ def write_results(task, args, run, world):
     records, last = [], len(task.steps) - 1
     for step in range(len(task.steps)):
         record = run.read_record(step, task.network(step, args))
+        if not record:
+            raise InputError(f"{run.checkpoint(step)} or its .json has changed while the run was "
+                             "on; the same command scores it again")
         confusion = torch.tensor(record["confusion"])
         per_class = dict(zip(["background", *task.names(last)[1:]], iou(confusion).tolist()))
         records.append({"iou": per_class, **summarize(confusion, task.groups), **record})
@@ -540,8 +555,8 @@ def main(argv=None, real_replay=False):
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
         seen = [list(task.train_set.classes), task.train_set.digest, task.test_set.digest,
                 task.images]
-        run.claim({**settings, "data": sha256(json.dumps(seen))})
-    world.barrier()
+        run.settings = run.claim({**settings, "data": sha256(json.dumps(seen))})
+    run.settings = world.from_rank_0(run.settings)
     run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
             torch=torch.__version__)
     for step in range(len(task.steps)):
