@@ -30,6 +30,9 @@ from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
+# first, as it sees to Ctrl-C while the others are imported
+from run import InputError, World, plain_errors
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -49,7 +52,6 @@ from fakes import multi_hot, synthesize
 from fast import in_bands
 from methods import METHODS
 from model import DeepLabV3, upsample
-from run import InputError, World, plain_errors
 from seginversion import invert, stages
 
 REPEATS = 5

@@ -18,6 +18,10 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+# first, as it sees to Ctrl-C while the others are imported
+from run import (InputError, check_file, cpus, derive_seed, plain_errors, printable, sha256,
+                 write_atomically)
+
 import numpy as np
 import torch
 from PIL import Image
@@ -27,8 +31,6 @@ from torchvision.utils import make_grid, save_image
 
 from pictures import ENDINGS, image_size, palette, read_image, read_mask
 from protocol import VOID
-from run import (InputError, check_file, cpus, derive_seed, plain_errors, printable, sha256,
-                 write_atomically)
 
 # ImageNet's, as torchvision's weights expect
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

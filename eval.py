@@ -19,6 +19,10 @@ import re
 import sys
 from pathlib import Path
 
+# first, as it sees to Ctrl-C while the others are imported
+from run import (InputError, Run, World, autocast, default_workers, plain_errors, printable,
+                 quiet_worker, read_json, setup, write_atomically)
+
 import numpy as np
 import torch
 from PIL import Image
@@ -32,8 +36,6 @@ from fakes import digest, judge_fakes
 from fast import upsample_rows
 from model import load_model, upsample
 from pictures import ENDINGS, read_image
-from run import (InputError, Run, World, autocast, default_workers, plain_errors, printable,
-                 quiet_worker, read_json, setup, write_atomically)
 
 CONVENTIONS = {                                 # label -> background in old, background in all
     "background excluded": (False, False),

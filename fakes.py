@@ -19,6 +19,10 @@ import math
 import time
 from pathlib import Path
 
+# first, as it sees to Ctrl-C while the others are imported
+from run import (InputError, World, derive_seed, plain_errors, read_json, setup, sha256,
+                 write_atomically, write_json)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -28,8 +32,6 @@ from torchvision.transforms import v2
 import data
 from data import normalised, read_image
 from model import load_model, upsample
-from run import (InputError, World, derive_seed, plain_errors, read_json, setup, sha256,
-                 write_atomically, write_json)
 from seginversion import invert, statistics_of
 
 R_CHOICES = (0.5, 1, 5, 10, 20)                         # Sec. 4.4, "random"

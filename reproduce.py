@@ -21,6 +21,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+# first, as it sees to Ctrl-C while the others are imported
+from run import InputError, plain_errors, read_json, write_atomically
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -32,7 +35,6 @@ from eval import test_view
 from methods import METHODS
 from model import load_model
 from protocol import task_steps
-from run import InputError, plain_errors, read_json, write_atomically
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)

@@ -22,6 +22,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+# Ctrl-C while the imports below take their seconds, which plain_errors cannot see: no traceback.
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+    signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+
 import numpy as np
 import torch
 import torch.distributed as dist

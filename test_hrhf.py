@@ -2795,7 +2795,7 @@ def test_a_pipe_is_not_replaced_and_short_memory_does_not_call_a_file_damaged(
         run_module.write_atomically(tmp_path / "pipe.pth", lambda p: p.write_text("x"))
     model.save_model(tiny((4, 2)), tmp_path / "c.pth", classes=["a"] * 6, **ABOUT)
     for error, kind, sentence in (
-            (MemoryError(), MemoryError, ""), (PermissionError(13, "denied"), InputError,
+            (MemoryError(), MemoryError, None), (PermissionError(13, "denied"), InputError,
                                                "c.pth: cannot be read .denied."),
             (RuntimeError("can't allocate memory"), RuntimeError, "allocate")):
         def fail(*_, error=error, **__):
@@ -2803,6 +2803,18 @@ def test_a_pipe_is_not_replaced_and_short_memory_does_not_call_a_file_damaged(
         monkeypatch.setattr(torch, "load", fail)
         with pytest.raises(kind, match=sentence):
             model.load_model(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("script", ["train", "eval", "fakes", "data", "bench", "reproduce"])
+def test_ctrl_c_during_the_imports_is_no_traceback(script):
+    process = subprocess.Popen([sys.executable, f"{script}.py", "--help"], cwd=HERE, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and "libtorch_cpu" not in maps.read_text():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "")
 
 
 def test_closed_streams_and_odd_ranks_are_no_tracebacks(monkeypatch, capsys):

@@ -21,6 +21,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+# first, as it sees to Ctrl-C while the others are imported
+from run import (ANOTHER_FOLDER, InputError, Run, autocast, default_workers, derive_seed,
+                 plain_errors, quiet_worker, setup, sha256, write_atomically, write_json)
+
 import torch
 import torch.distributed as dist
 import torchvision
@@ -33,8 +37,6 @@ from eval import evaluate, iou, save_predictions, summarize, table, test_view
 from fakes import parse_r, read_fakes, replay, save_fakes, synthesize
 from methods import METHODS
 from model import BACKBONES, DeepLabV3, load_model, read_checkpoint, save_model
-from run import (ANOTHER_FOLDER, InputError, Run, autocast, default_workers, derive_seed,
-                 plain_errors, quiet_worker, setup, sha256, write_atomically, write_json)
 
 # The parser's defaults are the paper's numbers (Sec. 4.2; MiB's where it says "as in [5]",
 # DeepInversion's weights where it follows that). These are what a data set changes. On small
