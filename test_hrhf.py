@@ -2206,6 +2206,19 @@ def test_reused_fakes_are_made_once_per_class_and_matched_together_with_the_earl
         train_on(finished, tmp_path / "run", flags)
 
 
+def test_fakes_of_a_group_are_inverted_together_in_passes_of_a_batch(
+        finished, tmp_path, monkeypatch):
+    calls, invert = [], fakes.invert
+    monkeypatch.setattr(fakes, "invert", lambda net, targets, *rest, **options: (
+        calls.append((len(targets), options["part"])), invert(net, targets, *rest, **options))[1])
+    for flags, expected in (("", [(8, 4)]), ("--fake-group 4", [(4, 4)] * 2),
+                            ("--fake-group 2 --fake-batch 3 --num-fakes 5", [(3, 3)] * 2)):
+        train_on(finished, tmp_path / f"run{flags}".replace(" ", ""), f"--task 2-1 --max-iters 1 "
+                 f"{flags}")
+        assert calls == expected
+        calls.clear()
+
+
 @pytest.mark.parametrize("fakes_of_step_1, sizes, expected", [
     (64, (15, 1, 1), [0, 64, 5]), (300, (10, 5, 5), [0, 300, 150]), (8, (1, 1, 1), [0, 8, 8])])
 def test_reused_fakes_are_as_many_a_class_as_in_the_first_step(fakes_of_step_1, sizes, expected):
