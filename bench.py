@@ -220,6 +220,30 @@ def inversion(cases=(("mobilenet_v2", 16, 128, 6), ("resnet50", 16, 128, 2))):
         yield row("bare in torch's usual layout / bare channels-last", t[bare, usual], least)
 
 
+def equal_fakes(backbone="mobilenet_v2", B=16, size=128, large="resnet101", tenth=10):
+    """Fakes as folder makes them, and as voc does, the paper's way, of which a tenth is run."""
+    yield (f"| **{B} fakes of {size} x {size}, {backbone}: folder's way / the paper's** ({DEVICE}) "
+           "| | | |")
+    torch.manual_seed(0)
+    model = DeepLabV3(backbone, [21]).to(DEVICE).eval().requires_grad_(False)
+    of = lambda dataset: train.inversion(train.parse(
+        f"--dataset {dataset} --task 1-1 --crop {size}".split()))
+    ways = {"ours": of("folder"), "paper": of("voc")}
+    ways["paper"]["steps"] //= tenth
+    ways = {name: partial(invert, model, multi_hot([[3]] * B, 21), 5.0, **options)
+            for name, options in ways.items()}
+    ours, paper = map(flops_of, ways.values())
+    yield (f"| FLOPs ({ours / 1e12:.3g} / {tenth * paper / 1e12:.3g} T) | "
+           f"{ours / paper / tenth:.3f} | | <= 0.1 |")
+    t = alternate(ways)
+    yield row("seconds", t["ours"], [tenth * seconds for seconds in t["paper"]], "<= 0.1")
+    model, targets = DeepLabV3(large, [21]).to("meta").eval(), multi_hot([[]] * 16, 21)
+    parts, whole = (cost(partial(invert, model, targets, 1.0, sizes=[512], steps=2, part=part))[1]
+                    for part in (4, 16))
+    yield (f"| peak memory of 16 x 512 x 512, {large}, tensors counted: --fake-batch 4 "
+           f"({parts / 1e9:.1f} GB) / 16 ({whole / 1e9:.1f} GB) | {parts / whole:.2f} | | |")
+
+
 # ------------------------------------------------------------------------------------- training
 
 def networks(backbone, classes, device):
@@ -371,8 +395,8 @@ def images_of_steps(args):
     return task.steps, [*map(len, task.images)], len(task.test_set), f"counted in {args.data_root}"
 
 
-def cost(work):
-    """FLOPs of a call, by torch's counter, and bytes of its tensors at their most."""
+def flops_of(work):
+    """FLOPs of a call, by torch's counter."""
     # A convolution's gradients cost what its forward pass does each, by shapes; torch's own formula
     # takes groups for dense.
     backward = lambda dy, x, weight, *options, **_: (
@@ -380,9 +404,15 @@ def cost(work):
     mapping = {torch.ops.aten.convolution_backward: backward}
     with FlopCounterMode(display=False, custom_mapping=mapping) as flops:
         work()
+    return flops.get_total_flops()
+
+
+def cost(work):
+    """FLOPs of a call, and bytes of its tensors at their most."""
+    flops = flops_of(work)
     with PeakMemory() as memory:
         work()
-    return flops.get_total_flops(), memory.peak
+    return flops, memory.peak
 
 
 def phases(args, classes, count, fakes, test_images, gpus, device="meta"):
@@ -412,6 +442,27 @@ def phases(args, classes, count, fakes, test_images, gpus, device="meta"):
     yield "evaluation", test_images, math.ceil(test_images / B), 1, test, [weights[0], x]
 
 
+def inversion_flops(args, classes, counts, steps):
+    """FLOPs of all SegInversion of a run."""
+    flops = 0
+    for step, count in enumerate(counts):
+        fakes = train.number_of_fakes(args, step, counts, steps)
+        for name, _, batches, iterations, work, _ in phases(args, classes[:step + 1], count, fakes,
+                                                            1, 1):
+            if not name.startswith("SegInversion"):
+                break
+            flops += batches * iterations * flops_of(work)
+    return flops
+
+
+def cheaper(args):
+    """The same run with SegInversion as folder has it and --reuse-fakes; the flags for that."""
+    ours = train.DATASET_DEFAULTS["folder"] | {"reuse_fakes": True}
+    return argparse.Namespace(**vars(args) | ours), " ".join(
+        f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
+        for name, value in ours.items())
+
+
 def plan(args, gpus, tflops):
     """A Markdown table of a whole run: FLOPs, memory and hours of every phase."""
     train.check_batch_size(args, gpus)
@@ -436,6 +487,10 @@ def plan(args, gpus, tflops):
             yield (f"| {step} | {name} | {images} | {rounds} | {flops / 1e15:.4g} "
                    f"| {nbytes / 1e9:.3g} | {hours:.2f} |")
     yield f"| all | | | | {all_flops / 1e15:.4g} | | {all_hours:.2f} |\n"
+    if theirs := inversion_flops(args, classes, counts, steps):
+        ours, flags = cheaper(args)
+        yield (f"SegInversion: {theirs / 1e15:.4g} PFLOP; with `{flags}` "
+               f"{inversion_flops(ours, classes, counts, steps) / 1e15:.4g}.\n")
     yield ("FLOPs: torch's counter (convolutions and products of matrices, a multiplication and an "
            "addition are two). GB: float32 tensors alive at once, without what kernels, DDP, nccl "
            "and the importances of EWC, PI and RW take; mixed precision needs less. Every step is "
@@ -480,8 +535,10 @@ def under(dtype, work):
 
 # ------------------------------------------------------------------------------------ the table
 
-SECTIONS = {f.__name__: f for f in (losses, inversion, training, scale, scan)}
-SECTIONS["cuda"] = lambda: itertools.chain(losses(), inversion(), training(), on_gpu())
+SECTIONS = {f.__name__: f for f in (losses, inversion, equal_fakes, training, scale,
+                                      scan)}
+SECTIONS["cuda"] = lambda: itertools.chain(losses(), inversion(), equal_fakes(), training(),
+                                           on_gpu())
 
 
 @cache

@@ -2206,13 +2206,13 @@ def test_reused_fakes_are_made_once_per_class_and_matched_together_with_the_earl
         train_on(finished, tmp_path / "run", flags)
 
 
-def test_fakes_of_a_group_are_inverted_together_in_passes_of_a_batch(
+def test_sixteen_fakes_are_inverted_together_in_passes_of_a_batch(
         finished, tmp_path, monkeypatch):
     calls, invert = [], fakes.invert
     monkeypatch.setattr(fakes, "invert", lambda net, targets, *rest, **options: (
         calls.append((len(targets), options["part"])), invert(net, targets, *rest, **options))[1])
-    for flags, expected in (("", [(8, 4)]), ("--fake-group 4", [(4, 4)] * 2),
-                            ("--fake-group 2 --fake-batch 3 --num-fakes 5", [(3, 3)] * 2)):
+    for flags, expected in (("", [(8, 4)]), ("--fake-batch 6 --num-fakes 20", [(16, 6), (8, 6)]),
+                            ("--fake-batch 18 --num-fakes 20", [(18, 18)] * 2)):
         train_on(finished, tmp_path / f"run{flags}".replace(" ", ""), f"--task 2-1 --max-iters 1 "
                  f"{flags}")
         assert calls == expected
@@ -3464,6 +3464,13 @@ def test_the_published_form_measures_the_same_distance():
 
 def test_a_section_of_the_benchmark_is_rows_of_its_table(monkeypatch):
     monkeypatch.setattr(bench, "REPEATS", 1)
+    inversion = train.inversion
+    monkeypatch.setattr(train, "inversion", lambda args: inversion(args) | {
+        "steps": args.fake_steps // 50})
+    equal = list(bench.equal_fakes("tiny", 2, 32, "resnet18"))
+    share = train.parse("--dataset folder --task 1-1".split()).fake_steps / 1000
+    assert float(equal[1].split("|")[2]) == pytest.approx(share, rel=0.05) and share <= 0.1
+    assert float(equal[-1].split("|")[2]) < 0.5             # a quarter, but for the images
     lines = [*bench.inversion([("tiny", 2, 32, 1)]), *bench.scan(60)]
     assert len(lines) == 5 + 3 and {line.count("|") for line in lines} == {5}
 

@@ -44,7 +44,7 @@ from model import BACKBONES, DeepLabV3, load_model, read_checkpoint, save_model
 DATASET_DEFAULTS = {
     "voc": {"task": "15-1"},
     "ade": {"task": "100-50", "epochs": 60},
-    "folder": {"spectrum": 1.0, "tv": 0.3, "bn": 10.0},
+    "folder": {"fake_steps": 100, "spectrum": 1.0, "tv": 0.3, "bn": 10.0},
     "shapes": {                                             # sizes for a laptop's CPU
         "task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "workers": 1,
         "epochs0": 14, "epochs": 12, "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1,
@@ -110,9 +110,8 @@ def parser():
       "(Sec. 3.2) or random-image for every image (Sec. 4.4)")
     a("--num-fakes", type=int, help="per step, in whole batches; default: as many as it has real "
       "images, at most 1024")
-    a("--fake-batch", type=int, default=16, help="in one pass; lower it if memory is short")
-    a("--fake-group", type=int, default=16, help="inverted together, in passes of --fake-batch: "
-      "their BatchNorm statistics are matched as one. The paper's is 16; 64 ours")
+    a("--fake-batch", type=int, default=16, help="in one pass of the network; lower it if memory "
+      "is short: fewer than 16 are still matched with the BatchNorm statistics of 16")
     a("--fake-classes", type=int, default=3, help="most classes in one fake (Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-sizes", help="from coarse to fine, such as 128,256,512, which shares out the steps "
@@ -130,8 +129,8 @@ def parser():
 
 
 LIMITS = {"batch_size": (2, 10 ** 6),
-          **dict.fromkeys("epochs epochs0 fake_batch fake_classes fake_group fake_steps "
-                          "num_fakes max_iters".split(), (1, 10 ** 6)),
+          **dict.fromkeys("epochs epochs0 fake_batch fake_classes fake_steps num_fakes "
+                          "max_iters".split(), (1, 10 ** 6)),
           **dict.fromkeys("lam tv bn".split(), (0, 1e12)), "crop": (16, 10 ** 4),
           **dict.fromkeys("lr lr0".split(), (1e-12, 1e30)), "fake_lr": (1e-12, 1e12),
           "workers": (0, 1000),
@@ -354,7 +353,7 @@ def old_images(teacher, step, task, args, run, world):
     with run.timed("seginversion"):
         paths = synthesize(
             teacher, folder, number, part=args.fake_batch, r=args.r, seed=seed,
-            batch_size=max(args.fake_group, args.fake_batch),
+            batch_size=max(16, args.fake_batch),
             most=args.fake_classes, classes=classes, earlier=earlier, world=world, **options,
             report=lambda event: run.log(step=step, phase="seginversion", **event))
         if world.rank == 0:
