@@ -6,6 +6,7 @@ No downloads. Sizes are tiny; the code under test is the code that runs at full 
 """
 import copy
 import hashlib
+import html
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 import zlib
+from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -41,6 +43,7 @@ import methods
 import model
 import pictures
 import protocol
+import report
 import reproduce
 import run as run_module
 import seginversion
@@ -2584,7 +2587,7 @@ def test_the_command_line_runs_a_whole_task_with_two_processes(finished, tmp_pat
                                 f"{finished}/data", "--epochs", "2",
                                 "--setting", "overlapped", "--out", f"{tmp_path}/run")
     assert code == 0, err
-    assert out.rstrip().splitlines()[-3].startswith("| background excluded |")
+    assert out.rstrip().splitlines()[-4].startswith("| background excluded |")
     # rank 0 alone speaks
     assert sum('"command"' in line for line in out.splitlines()) == 1
     results = json.loads((tmp_path / "run/results.json").read_text())
@@ -3296,6 +3299,90 @@ def test_a_picture_of_40_megapixels_and_151_classes_takes_less_than_2_gb(tmp_pat
     assert int(done.stdout) * 1024 < 2e9, done.stderr
 
 
+# ------------------------------------------------------------------------------------ report.py
+
+class Page(HTMLParser):
+    """What stands in a page; every tag must be closed by its own."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.heads, self.cells, self.links, self.tags = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+    def handle_data(self, text):
+        if self.open and self.open[-1] in ("h1", "h2"):
+            self.heads.append(text)
+        if self.open and self.open[-1] == "td":
+            self.cells.append(text)
+
+
+def test_the_report_of_a_run_has_its_records_numbers_and_needs_no_network(finished, tmp_path):
+    text = (finished / "run/report.html").read_text(encoding="utf-8")
+    page, results = Page(text), json.loads((finished / "run/results.json").read_text())
+    assert page.heads == [
+        "run", "What was run", "Scores", "Over the steps", "IoU of every class (%)",
+        "Confusions of the last step", "Losses", "Fakes", "Predictions", "What to look at"]
+    for name, score in results["final"].items():
+        i = page.cells.index(name)
+        assert page.cells[i + 1:i + 4] == [f"{100 * score[k]:.1f}" for k in ("old", "new", "all")]
+    assert len(text) < 4e6 and "script" not in page.tags
+    assert page.links and all(link.startswith("data:image/") for link in page.links)
+    assert page.tags.count("img") == 2 * (8 + 8) + 3 * 8    # fakes and maps, test images
+    log = read_log(finished / "run")
+    assert html.escape(log[0]["command"]) in text and "cat, dog" not in text
+    shares = torch.tensor(results["steps"][2]["confusion"]).double()
+    shares /= shares.sum(1, keepdim=True)
+    for i, truth in enumerate(names := ["background", "cat", "dog", "cow"]):
+        for j, other in enumerate(names):
+            words = f"{truth} is taken for {other}: {100 * shares[i, j]:.0f} %"
+            assert (words in text) == (i != j and i > 0 and j > 0 and bool(shares[i, j] >= 0.05))
+    report.main([f"{finished}/run"])
+    assert (finished / "run/report.html").read_text(encoding="utf-8") == text
+
+
+def test_a_report_of_several_runs_and_of_an_unfinished_one(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    part = tmp_path / "<b>part"
+    shutil.copytree(finished / "run", part)
+    for name in ("step-2.json", "results.json", "predictions.png", "fakes-step-1/manifest.jsonl"):
+        (part / name).unlink()
+    (part / "log.jsonl").write_text((part / "log.jsonl").read_text() + '{"step": 2, "itera')
+    report.main([f"{finished}/run", str(part)])
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.heads.count("What was run") == 2 and "<b>part" in page.heads
+    assert [link for link in page.links if link[0] == "#"] == ["#0", "#1"]
+    for name, sentence in (("step-0.json", "no step is scored"), ("settings.json", "no settings")):
+        (part / name).unlink()
+        with pytest.raises(InputError, match=sentence):
+            report.main([str(part)])
+
+
+def test_the_report_says_what_to_look_at(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished / "run", folder)
+    record = json.loads((folder / "step-0.json").read_text())
+    write = lambda step, confusion: run_module.write_json(
+        folder / f"step-{step}.json", {**record, "confusion": confusion, "of": [
+            {"classes": ["background", "cat", "dog", "cow"][:step + 2],
+             "classes_per_step": [2, 1, 1][:step + 1]}, None]})
+    write(0, [[90, 10], [10, 90]])
+    write(1, [[90, 10, 0], [99, 1, 0], [80, 20, 0]])
+    write(2, [[90, 10, 0, 0], [99, 1, 0, 0], [80, 20, 0, 0], [10, 0, 0, 90]])
+    said = report.advice(report.Records(folder))
+    assert "cat was forgotten: IoU 81.8 at its best, 0.8 now, lost in step 1; lower --lr" in said
+    assert "dog was never learned; step 1 had 8 iterations: raise --epochs" in said
+    assert "Over 60 % of the pixels of cat, dog are taken for the background" in said
+    assert "cow was" not in said
+
+
 # ------------------------------------------------------------------------------------- bench.py
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -3942,7 +4029,7 @@ def readme_commands():
 
 def test_every_command_in_the_readme_parses():
     scripts = {"train": train, "eval": evaluation, "fakes": fakes, "data": data, "bench": bench,
-               "reproduce": reproduce}
+               "report": report, "reproduce": reproduce}
     commands = readme_commands()
     assert len(commands) >= 15 and {script for script, _ in commands} == set(scripts)
     for script, arguments in commands:

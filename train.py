@@ -10,7 +10,7 @@ images of all old classes (seginversion.py), then trains on half-real half-fake 
 (distill.py). The same command again goes on where it stopped. A run folder holds
 
     settings.json  log.jsonl  step-<t>.pth  step-<t>.json  fakes-step-<t>/  fakes-step-<t>.png
-    predictions.png  results.json
+    predictions.png  results.json  report.html
 """
 import argparse
 import json
@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader
 
 import data
 import protocol
+import report
 from eval import evaluate, iou, save_predictions, summarize, table, test_view
 from fakes import parse_r, read_fakes, replay, save_fakes, synthesize
 from methods import METHODS
@@ -498,6 +499,7 @@ def score(step, task, args, run, world):
         run.write_record(step, task.network(step, args), confusion.tolist(), run.seconds)
         run.log(step=step, **summarize(confusion, task.groups)["background excluded"],
                 seconds=run.seconds)
+        report.write([run.folder], run.folder / "report.html")
 
 
 def write_results(task, args, run, world):
@@ -523,7 +525,8 @@ def write_results(task, args, run, world):
                       "device": str(world.device), "versions": versions, "final": final,
                       "steps": records})
     print(f"\n{args.dataset} {args.task} {args.setting}, {args.method}, after step {last} "
-          f"({path}):\n{table(final, vars(args), flags)}")
+          f"({path}):\n{table(final, vars(args), flags)}\n"
+          f"See {run.folder / 'report.html'}")
 
 
 def check_method(path, about, args):
@@ -560,7 +563,7 @@ def main(argv=None, real_replay=False):
         run.settings = run.claim({**settings, "data": sha256(json.dumps(seen))})
     run.settings = world.from_rank_0(run.settings)
     run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
-            torch=torch.__version__)
+            torch=torch.__version__, flags=off_default(args))
     for step in range(len(task.steps)):
         scored = world.rank == 0 and bool(run.read_record(step, task.network(step, args)))
         if world.from_rank_0(scored):

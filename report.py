@@ -1,0 +1,397 @@
+"""
+One page of a run, `report.html`: what it did, what came out, and what to look at.
+
+    python report.py runs/shapes-15-1-disjoint          # into the run folder; train.py does it, too
+    python report.py runs/a runs/b                      # side by side, into report.html here
+
+Every number is read from the run's records. The page needs no network and no script.
+"""
+import argparse
+import base64
+import contextlib
+import html
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import palette
+from eval import iou, paper_results, summarize
+from fakes import FOUND, read_lines
+from run import InputError, Run, plain_errors, printable, read_json, write_atomically
+
+HEADLINE = "background excluded"
+MOST_CLASSES, THUMBNAIL = 30, 112                   # of the confusion matrix; pixels
+COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b", "#dc2626", "#0891b2")
+CSS = """
+:root { --ink: #1c1e21; --soft: #667; --paper: #fff; --card: #f4f5f7; --line: #d9dce1;
+        --low: #fff; --high: #1d4ed8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #14171a; --card: #1d2126; --line: #343a41;
+          --low: #14171a; --high: #7aa2ff } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 1080px; margin: 0 auto; padding: 1.5rem 1rem 4rem }
+h1 { font-size: 1.5rem; margin: 0 0 .5rem } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
+p, li { max-width: 46rem } .soft, figcaption { color: var(--soft); font-size: .85rem }
+pre, .scroll { overflow-x: auto } pre { background: var(--card); padding: .6rem .8rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right }
+td:first-child, th:first-child { text-align: left } th { font-weight: 600 }
+.row { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0 }
+.fakes { display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: .8rem }
+.fakes img { width: 112px; display: block } .panels img { width: 31%; max-width: 224px }
+.key { display: inline-block; margin-right: .9rem; white-space: nowrap; font-size: .85rem }
+.key i { display: inline-block; width: .8em; height: .8em; margin-right: .3em;
+         border: 1px solid var(--line) }
+svg { max-width: 100%; height: auto } svg text { fill: var(--ink); font: 11px system-ui }
+svg .soft { fill: var(--soft) } svg line { stroke: var(--line) }
+"""
+
+
+# ------------------------------------------------------------------------------- small pieces
+
+def text(value):
+    return html.escape(printable(str(value)))
+
+
+def percent(value):
+    return "-" if value is None or value != value else f"{100 * value:.1f}"
+
+
+def table(head, rows):
+    line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+    body = "".join(line(cells, "td") for cells in rows)
+    return f"<div class=scroll><table>{line(head, 'th')}{body}</table></div>"
+
+
+def picture(image, alt):
+    """A PIL picture inside the page, no larger than it is shown on a sharp screen."""
+    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
+    buffer, flat = io.BytesIO(), len(image.getcolors(256) or ()) > 0        # a map of classes
+    image.save(buffer, "PNG") if flat else image.save(buffer, "JPEG", quality=85)
+    kind = "png" if flat else "jpeg"
+    coded = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{text(alt)}" src="data:image/{kind};base64,{coded}">'
+
+
+def legend(names, colours):
+    return "".join(f'<span class=key><i style="background:{colour}"></i>{text(name)}</span>'
+                   for name, colour in zip(names, colours))
+
+
+def class_colours(number):
+    return ["#%02x%02x%02x" % tuple(rgb) for rgb in palette()[:number].tolist()]
+
+
+def chart(series, x_label, y_label, width=520, height=210):
+    """Lines of {name: [(x, y), ...]}, as SVG with its legend."""
+    points = [p for line in series.values() for p in line if p[1] is not None and p[1] == p[1]]
+    if not points:
+        return ""
+    (x0, x1), top = (f(x for x, _ in points) for f in (min, max)), max(y for _, y in points) or 1
+    power = 10.0 ** np.floor(np.log10(top / 4))             # four lines at round numbers
+    top = 4 * power * next(k for k in (1, 2, 2.5, 5, 10) if k * power >= top / 4)
+    left, bottom = 44, height - 32
+    at = lambda x, y: (left + (width - left - 8) * (x - x0) / max(x1 - x0, 1e-9),
+                       bottom - (bottom - 8) * y / top)
+    parts = []
+    for k in range(5):
+        y = top * k / 4
+        parts.append('<line x1="{:.0f}" y1="{:.1f}" x2="{}" y2="{:.1f}"/>'.format(
+            *at(x0, y), width - 8, at(x0, y)[1]))
+        parts.append(f'<text class=soft x="{left - 6}" y="{at(x0, y)[1] + 4:.1f}" '
+                     f'text-anchor="end">{y:.3g}</text>')
+    for x in sorted({x for x, _ in points}) if x1 - x0 < 12 else (x0, x1):
+        anchor = "end" if x == x1 > x0 else "middle"
+        parts.append(f'<text class=soft x="{at(x, 0)[0]:.1f}" y="{bottom + 14}" '
+                     f'text-anchor="{anchor}">{x:g}</text>')
+    for colour, line in zip(COLOURS * len(series), series.values()):
+        path = " ".join("%.1f,%.1f" % at(x, y) for x, y in line if y is not None and y == y)
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" '
+                     f'points="{path}"/>')
+        parts += ['<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>' % (*at(x, y), colour)
+                  for x, y in line if y is not None and y == y and len(line) < 20]
+    parts.append(f'<text class=soft x="{(left + width) / 2}" y="{bottom + 14}" '
+                 f'text-anchor="middle">{text(x_label)}</text>' * (len(points) > 1))
+    drawing = (f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
+               f'aria-label="{text(y_label)} over {text(x_label)}">{"".join(parts)}</svg>')
+    return (f"<figure>{drawing}<figcaption>{text(y_label)}: {legend(series, COLOURS * 9)}"
+            "</figcaption></figure>")
+
+
+def heat(rows, columns, values, cell=30, zeros=False):
+    """A heat map of shares, a list of them or None for each row, as SVG, with the percentages."""
+    left, top = 8 + 7 * max(map(len, rows)), 8 + 6 * max(map(len, columns))
+    width, height = left + cell * len(columns) + top // 2, top + 20 * len(rows) + 4
+    parts = [f'<text x="{left + cell * (j + .65)}" y="{top - 5}" '
+             f'transform="rotate(-60 {left + cell * (j + .65)} {top - 5})">{text(name)}</text>'
+             for j, name in enumerate(columns)]
+    for i, (name, shares) in enumerate(zip(rows, values)):
+        y = top + 20 * i
+        parts.append(f'<text x="{left - 6}" y="{y + 14}" text-anchor="end">{text(name)}</text>')
+        for j, share in enumerate(shares):
+            if share is None or share != share:
+                continue
+            x = left + cell * j
+            parts.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="19" '
+                         f'fill="var(--high)" fill-opacity="{0.06 + 0.6 * share:.2f}"/>')
+            if share >= 0.005 or zeros:
+                parts.append(f'<text x="{x + cell / 2 - .5}" y="{y + 14}" text-anchor="middle">'
+                             f'{100 * share:.0f}</text>')
+    return (f'<div class=scroll><svg viewBox="0 0 {width} {height}" width="{width}" '
+            f'style="max-width:none" role="img">{"".join(parts)}</svg></div>')
+
+
+# ------------------------------------------------------------------------- what the records say
+
+class Records:
+    """What a run folder says of the steps that are scored so far."""
+
+    def __init__(self, folder):
+        self.run = Run(folder)
+        self.name = self.run.folder.resolve().name
+        if not (self.run.folder / "settings.json").exists():
+            raise InputError(f"{folder}: no settings.json; a report is of a run of train.py")
+        self.settings = read_json(self.run.folder / "settings.json", dict.fromkeys(
+            ("dataset", "task", "setting", "method", "backbone", "data_root"), str) | {
+            "crop": int, "seed": int}, "run the command that made it again")
+        self.log = list(self.read_log())
+        self.launch = ([line for line in self.log if "command" in line] or [{}])[-1]
+        records = []
+        while (path := self.run.record(len(records))).exists():
+            records.append(read_json(path, {"confusion": list, "seconds": dict, "of": list}))
+        if not records:
+            raise InputError(f"{folder}: no step is scored yet; a report needs one")
+        self.seconds = [record["seconds"] for record in records]
+        self.confusions = [torch.tensor(record["confusion"]) for record in records]
+        self.classes, sizes = (records[-1]["of"][0][key] for key in ("classes", "classes_per_step"))
+        ends = np.cumsum(sizes).tolist()
+        self.groups = [self.classes[a:b] for a, b in zip([1, *ends], ends)]
+        self.scores = [summarize(confusion, self.groups) for confusion in self.confusions]
+
+    def read_log(self):
+        with contextlib.suppress(OSError):
+            for line in (self.run.folder / "log.jsonl").read_text().splitlines():
+                with contextlib.suppress(ValueError):       # a line that a kill cut
+                    yield json.loads(line)
+
+    def shares(self):
+        """Of every class's pixels, the share that goes to each class; nan without pixels."""
+        counts = self.confusions[-1].double()
+        return (counts / counts.sum(1, keepdim=True)).numpy()
+
+    def iou_over_steps(self):
+        of_step = [iou(confusion).tolist() for confusion in self.confusions]
+        return {name: [values[k] if k < len(values) else None for values in of_step]
+                for k, name in enumerate(self.classes)}
+
+    def fakes(self, step):
+        """[(names asked for, r, shares found)] of a step's fakes."""
+        lines = read_lines(self.run.fakes(step) / "manifest.jsonl").values()
+        return [([self.classes[c] for c in line["classes"]], line["r"], line["found"])
+                for line in lines]
+
+
+# ---------------------------------------------------------------------------- the page's sections
+
+def what_was_run(r):
+    s, launch = r.settings, r.launch
+    groups = "".join(f"<li value={step}>{text(', '.join(names))}</li>"
+                     for step, names in enumerate(r.groups))
+    phases = list(dict.fromkeys(phase for seconds in r.seconds for phase in seconds))
+    seconds = [[step, *(f"{of.get(phase, 0):.0f}" for phase in phases)]
+               for step, of in enumerate(r.seconds)]
+    method = f"{s['method']} {launch.get('flags', '')}".strip()
+    return (f"<pre>{text(launch.get('command', ''))}</pre><p>{text(s['dataset'])} "
+            f"{text(s['task'])}, {text(s['setting'])}; method {text(method)}; "
+            f"{text(s['backbone'])} at {s['crop']} pixels, seed {s['seed']}; data in "
+            f"{text(s['data_root'])}; {launch.get('processes', 1)} x "
+            f"{text(launch.get('device', '?'))}, torch {text(launch.get('torch', '?'))}.</p>"
+            f"<p>Classes of each step, beside the background:</p><ol start=0>{groups}</ol>"
+            + table(["seconds of step", *phases], seconds))
+
+
+def scores(r):
+    rows = [[text(name), *(percent(of[k]) for k in ("old", "new", "all"))]
+            for name, of in r.scores[-1].items()]
+    s = r.settings
+    paper = paper_results().get((s["dataset"], s["task"], s["setting"]), {})
+    if (theirs := paper.get(s["method"])) and r.launch.get("flags") == "":
+        rows.append([f"paper, {text(s['method'])}", *(f"{v:.1f}" for v in theirs)])
+    return table([f"mIoU (%) after step {len(r.scores) - 1}", "old", "new", "all"], rows)
+
+
+def over_the_steps(runs):
+    """old, new and all of one run, or `all` of several."""
+    line = lambda r, key: [(t, 100 * of[HEADLINE][key]) for t, of in enumerate(r.scores)]
+    series = {r.name: line(r, "all") for r in runs} if len(runs) > 1 else {
+        key: line(runs[0], key) for key in ("old", "new", "all")}
+    return chart(series, "step", "mIoU (%)" + ", all classes" * (len(runs) > 1))
+
+
+def every_class(r):
+    of_class = r.iou_over_steps()
+    steps = [f"step {t}" for t in range(len(r.scores))]
+    return heat(list(of_class), steps, of_class.values(), cell=44, zeros=True)
+
+
+def confusions(r, most=8):
+    """The heat map of the classes with the most confused pixels, and the largest in words."""
+    shares, counts = r.shares(), r.confusions[-1].numpy()
+    wrong = counts.sum(1) + counts.sum(0) - 2 * counts.diagonal()
+    shown = sorted(np.argsort(-wrong)[:MOST_CLASSES].tolist())
+    names = [r.classes[k] for k in shown]
+    classes = range(1, len(shares))
+    pairs = sorted(((shares[i, j], i, j) for i in classes for j in classes
+                    if i != j and shares[i, j] >= 0.05), reverse=True)[:most]
+    words = "".join(f"<li>{text(r.classes[i])} is taken for {text(r.classes[j])}: "
+                    f"{100 * share:.0f} %</li>" for share, i, j in pairs)
+    of = f"; the {MOST_CLASSES} most confused of {len(shares)}" * (len(shares) > MOST_CLASSES)
+    return (f"<ul>{words}</ul>" + heat(names, names, shares[np.ix_(shown, shown)].tolist())
+            + f"<p class=soft>Rows: the truth; columns: what its pixels were taken for, in percent"
+              f"{of}.</p>")
+
+
+def losses(r):
+    of_step = {}
+    for line in r.log:
+        if "iteration" in line and "loss" in line:
+            ours = ("step", "iteration", "of", "lr", "data_wait", "eta", "images/s")
+            for name, value in line.items():
+                if name not in ours and value is not None:
+                    series = of_step.setdefault(line["step"], {}).setdefault(name, {})
+                    series[line["iteration"]] = value       # a resumed epoch: its last lines
+    charts = [chart({name: sorted(points.items()) for name, points in series.items()
+                     if name != "loss" or len(series) > 2},
+                    "iteration", f"loss, step {step}") for step, series in sorted(of_step.items())]
+    return f"<div class=row>{''.join(charts)}</div>"
+
+
+def cut(path, columns, pairs):
+    """The pictures of a grid that data.save_grid wrote, row by row, as lists of `pairs` rows."""
+    with Image.open(path) as file:
+        grid = file.convert("RGB")
+    width = (grid.width - 2) // columns
+    rows = [[grid.crop((2 + x * width, 2 + y * width, (x + 1) * width, (y + 1) * width))
+             for x in range(columns)] for y in range((grid.height - 2) // width)]
+    return [rows[k:k + pairs] for k in range(0, len(rows), pairs)]
+
+
+def fakes(r, step):
+    path, made = r.run.fakes(step).with_suffix(".png"), r.fakes(step)
+    if not (made and path.is_file()):
+        return ""
+    shown, cards = set(), []
+    cells = [pair for images, maps in cut(path, 8, 2) for pair in zip(images, maps)]
+    for (image, segmented), (names, scales, found) in zip(cells, made):
+        asked = [f"{text(name)} {100 * share:.0f} %, r {scale}" for name, scale, share in
+                 zip(names[1:], scales[1:], found[1:])]
+        shown |= set(names)
+        cards.append(f"<figure>{picture(image, 'a fake')}{picture(segmented, 'its map')}"
+                     f"<figcaption>{'<br>'.join(asked)}</figcaption></figure>")
+    colours = dict(zip(r.classes, class_colours(len(r.classes))))
+    known = [name for name in r.classes if name in shown]
+    return (f"<h3>Step {step}: {len(made)} fakes</h3><p>{legend(known, map(colours.get, known))}"
+            f"</p><div class=fakes>{''.join(cards)}</div>")
+
+
+def panels(r):
+    path = r.run.folder / "predictions.png"
+    if not path.is_file():
+        return ""
+    rows = "".join('<p class="panels">' + " ".join(
+        picture(image, what) for image, what in zip(row, ("image", "truth", "prediction"))) + "</p>"
+        for row, in cut(path, 3, 1))
+    return (f"<p>{legend(r.classes, class_colours(len(r.classes)))}</p><p class=soft>Image, truth, "
+            f"prediction.</p>{rows}")
+
+
+def advice(r):
+    """What a reader should look at, in words, with the flag that helps."""
+    found, of_class, shares = [], r.iou_over_steps(), r.shares()
+    pixels = (r.confusions[-1].sum(1) / r.confusions[-1].sum()).tolist()
+    iterations = {line["step"]: line["of"] for line in r.log if "iteration" in line}
+    for step, names in enumerate(r.groups):
+        for name in names:
+            k = r.classes.index(name)
+            values = [v for v in of_class[name] if v is not None]
+            if pixels[k] > 0 and values and max(values) < 0.02:
+                why = (f"step {step} had {iterations[step]} iterations: raise --epochs, or --lr"
+                       if iterations.get(step, 300) < 300 else
+                       f"it has {100 * pixels[k]:.1f} % of the test pixels: more images of it, a "
+                       "larger --crop, or a higher --lr")
+                found.append(f"{name} was never learned; {why}.")
+            elif values and max(values) >= 0.1 and values[-1] < 0.2 * max(values):
+                drops = [a - b for a, b in zip(values, values[1:])]
+                lost = step + 1 + int(np.argmax(drops))
+                found.append(f"{name} was forgotten: IoU {percent(max(values))} at its best, "
+                             f"{percent(values[-1])} now, lost in step {lost}; lower --lr, raise "
+                             "--num-fakes, or raise --lam.")
+    for step in range(1, len(r.scores)):
+        unseen = {}
+        for names, _, shares_found in r.fakes(step):
+            for name, share in zip(names[1:], shares_found[1:]):
+                unseen.setdefault(name, []).append(share <= FOUND)
+        bad = [name for name, missed in unseen.items() if sum(missed) > len(missed) / 2]
+        if bad:
+            found.append(f"Most fakes of step {step} that were asked for {', '.join(bad)} do not "
+                         "show it; raise --fake-steps, or lower --bn.")
+    background = [r.classes[k] for k in range(1, len(shares)) if shares[k, 0] > 0.6]
+    if background:
+        found.append(f"Over 60 % of the pixels of {', '.join(background)} are taken for the "
+                     "background; raise --epochs or --lr.")
+    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in found or [
+        "Nothing stands out: every class was learned and kept, and the fakes show their classes."
+    ]) + "</ul>"
+
+
+def sections(r):
+    made = "".join(fakes(r, step) for step in range(1, len(r.scores)))
+    parts = [("What was run", what_was_run(r)), ("Scores", scores(r)),
+             ("Over the steps", over_the_steps([r])), ("IoU of every class (%)", every_class(r)),
+             ("Confusions of the last step", confusions(r)), ("Losses", losses(r)),
+             ("Fakes", made), ("Predictions", panels(r)), ("What to look at", advice(r))]
+    return "".join(f"<section><h2>{title}</h2>{body}</section>" for title, body in parts if body)
+
+
+def page(runs):
+    """The HTML of one run, or of several beside each other."""
+    body = ""
+    if len(runs) > 1:
+        rows = [[f'<a href="#{k}">{text(r.name)}</a>',
+                 *(percent(r.scores[-1][HEADLINE][key]) for key in ("old", "new", "all"))]
+                for k, r in enumerate(runs)]
+        body = (table([f"mIoU (%), {HEADLINE}", "old", "new", "all"], rows)
+                + over_the_steps(runs))
+    for k, r in enumerate(runs):
+        body += f"<article id={k}><h1>{text(r.name)}</h1>{sections(r)}</article>"
+    title = ", ".join(text(r.name) for r in runs)
+    return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
+            f'content="width=device-width"><title>{title}</title><style>{CSS}</style>'
+            f"<body>{body}</body></html>\n")
+
+
+def write(folders, path):
+    text_of_page = page([Records(folder) for folder in folders])
+    write_atomically(path, lambda p: p.write_text(text_of_page, encoding="utf-8"))
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="One page of a run, or of several side by side.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    folders = parse(argv).runs
+    path = Path(folders[0] if len(folders) == 1 else ".", "report.html")
+    write(folders, path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    with plain_errors("report.py"):
+        main()
