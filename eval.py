@@ -17,6 +17,7 @@ import io
 import math
 import re
 import sys
+import time
 from pathlib import Path
 
 # first, as it sees to Ctrl-C while the others are imported
@@ -100,26 +101,32 @@ def test_view(dataset, labels, steps, step, crop, name):
 
 
 @torch.inference_mode()
-def evaluate(model, view, world=World(), workers=0, amp=False, batch_size=8):
+def evaluate(model, view, world=World(), workers=0, amp=False, batch_size=8, report=None):
     """Confusion matrix of a model over a View. Every rank takes [rank::size], all get the sum.
 
     A plain model, not its DDP wrapper: ranks may hold different numbers of batches. The batch size
     does not follow the run's, and cuDNN may not choose by timing, so that a score comes out the
-    same on any number of ranks.
+    same on any number of ranks. report: called as report(dict) with this rank's progress.
     """
     model.eval()
     n, device = sum(model.classes_per_step), world.device
     total = torch.zeros(n, n, dtype=torch.int64, device=device)
     keys = [(i, 0) for i in range(len(view.indices))][world.rank::world.size]
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
-    for images, targets in DataLoader(view, batch_sampler=batches, num_workers=workers,
-                                      pin_memory=device.type == "cuda",
-                                      worker_init_fn=quiet_worker):
+    began = time.monotonic()
+    loader = DataLoader(view, batch_sampler=batches, num_workers=workers,
+                        pin_memory=device.type == "cuda", worker_init_fn=quiet_worker)
+    for b, (images, targets) in enumerate(loader):
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
         with autocast(device, amp), torch.backends.cudnn.flags(enabled=True, deterministic=True):
             logits = model(images)
         total += confusion_matrix(upsample(logits, targets).argmax(1), targets, n)
+        if report:
+            each = (time.monotonic() - began) / (b + 1)
+            report({"phase": "scoring", "batch": b, "of": len(batches),
+                    "eta": each * (len(batches) - b - 1),
+                    "images/s": world.size * batch_size / each})
     return world.sum(total).cpu()
 
 

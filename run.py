@@ -337,6 +337,42 @@ def lock(folder):
     return file
 
 
+PHASES = "seginversion", "training", "scoring"             # of a step, in this order
+
+
+def clock(seconds):
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}:{minutes % 60:02d} h" if hours else f"{minutes}:{int(seconds) % 60:02d} min"
+
+
+class LiveLine:
+    """On a terminal, progress is one line that stays in its place.
+
+    work: {(step, phase): its forward passes of an image}, for all of the run. A phase that has not
+    been measured yet is taken to have the speed of the one that is under way.
+    """
+
+    def __init__(self, work):
+        self.work, self.speed = work, {}                    # seconds of a forward pass, by phase
+
+    def left(self, step, phase, share, eta):
+        """Seconds left in the whole run, eta of them in this phase, of which a share is done."""
+        if share < 1:
+            self.speed[phase] = eta / (1 - share) / max(1, self.work[step, phase])
+        now, speed = (step, PHASES.index(phase)), self.speed.get(phase, 0)
+        return eta + sum(passes * self.speed.get(p, speed) for (s, p), passes in self.work.items()
+                         if (s, PHASES.index(p)) > now)
+
+    def text(self, width, step, of, eta, phase="training", batch=None, iteration=0, **event):
+        done, steps = iteration if batch is None else batch + 1, 1 + max(s for s, _ in self.work)
+        loss = event.get("loss", event.get("cls"))
+        left = self.left(step, phase, done / of, eta)
+        parts = [f"step {step + 1}/{steps} {phase} {'#' * (10 * done // of):-<10} {done}/{of}",
+                 f"{clock(eta)} left, {clock(left)} in all"]
+        parts += [f"loss {loss:.3g}"] if loss is not None else []
+        return "  ".join([*parts, f"{event['images/s']:.3g} images/s"])[:width - 1]
+
+
 class Run:
     """A run folder. `seconds` are those of the phases of the step that is under way."""
 
@@ -344,6 +380,7 @@ class Run:
         self.folder, self.rank, self.seconds = Path(folder), world.rank, {}
         self.settings = None                    # a digest of them, from claim()
         self.last = self.folder / "last.pth"    # the training step that is under way
+        self.live = None                        # a LiveLine, on a terminal
 
     def checkpoint(self, step):
         return self.folder / f"step-{step}.pth"
@@ -407,11 +444,19 @@ class Run:
         places = ("data_root", "step0")                     # may differ from launch to launch
         return sha256(json.dumps({k: v for k, v in settings.items() if k not in places}))
 
+    def show(self, event, line=None):
+        """An event on the screen: its JSON line, or on a terminal its place in the run."""
+        if self.live and "eta" in event:
+            print("\r\x1b[K" + self.live.text(shutil.get_terminal_size().columns, **event),
+                  end="", flush=True)
+        elif line:
+            print("\r\x1b[K" * bool(self.live) + line, flush=True)
+
     def log(self, **event):
-        """One JSON line an event, the same to screen and log.jsonl; rank 0 only."""
+        """One JSON line an event, to log.jsonl and the screen; rank 0 only."""
         if self.rank == 0:
             line, path = strict_json(event, digits=4), self.folder / "log.jsonl"
-            print(line, flush=True)
+            self.show(event, line)
             if path.exists():
                 check_file(path)
             try:

@@ -4,6 +4,7 @@ pytest            # every formula against an independent oracle, then the whole 
 No downloads. Sizes are tiny; the code under test is the code that runs at full size. Tests marked
 `cuda` are skipped where there is no GPU; all others run on the CPU, wherever they run.
 """
+import contextlib
 import copy
 import hashlib
 import html
@@ -11,6 +12,7 @@ import inspect
 import json
 import math
 import os
+import pty
 import re
 import resource
 import shlex
@@ -2831,6 +2833,49 @@ def test_ctrl_c_during_the_imports_is_no_traceback(script):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_the_time_left_in_the_whole_run_is_by_forward_passes_and_what_was_measured():
+    work = {(step, phase): passes for step in (0, 1) for phase, passes in
+            zip(run_module.PHASES, (50 * step, 100, 10))}
+    line = run_module.LiveLine(work)
+    # half of step 0's training in 100 s: 2 s a pass, for all that comes: 10 + 50 + 100 + 10
+    assert line.left(0, "training", 0.5, 100.0) == 100 + 2 * 170
+    assert line.left(0, "scoring", 0.2, 40.0) == 40 + 5 * 50 + 2 * 100 + 5 * 10
+    assert line.left(1, "training", 1.0, 0.0) == 50
+    text = line.text(80, step=1, of=4, eta=61.0, phase="seginversion", batch=0, cls=1.234,
+                     **{"images/s": 0.51})
+    # 61 s here, then 100 passes of 2 s and 10 of 5
+    assert text == "step 2/2 seginversion ##-------- 1/4  1:01 min left, 5:11 min in all  loss 1.23"
+    assert run_module.clock(3723) == "1:02 h"
+
+
+def test_the_forward_passes_of_a_run_are_counted_by_hand():
+    args = train.parse("--crop 64 --fake-sizes 32,64 --num-fakes 32 --fake-steps 10 --epochs0 1 "
+                       "--epochs 2 --batch-size 8".split())
+    task = train.Task(None, None, [], [[1]] * 30, [[1], [2]], [[1], [2]], [range(24), range(8)])
+    assert train.work_of(args, task) == {
+        (0, "seginversion"): 0, (0, "training"): 3 * 3 * 8, (0, "scoring"): 30,
+        (1, "seginversion"): 2 * 32 * (5 / 4 + 5), (1, "training"): 4 * 4 * 8, (1, "scoring"): 30}
+
+
+def test_on_a_terminal_a_run_is_one_line_that_moves_and_its_log_is_the_same(finished, tmp_path):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, *trial_command(finished, tmp_path / "run")],
+                               cwd=HERE, stdout=theirs, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "90"})
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):                      # the other end was closed
+        while part := os.read(ours, 4096):
+            shown += part
+    assert process.wait() == 0
+    moves = re.findall(r"\r\x1b\[K(step [^\r\n]*)", shown.decode())
+    assert {line.split()[1] for line in moves} == {"1/3", "2/3", "3/3"}
+    assert {line.split()[2] for line in moves} == set(run_module.PHASES)
+    assert all(len(line) < 90 for line in moves) and "in all" in moves[0]
+    keys = lambda folder: [list(line) for line in read_log(folder)]
+    assert keys(tmp_path / "run") == keys(finished / "run") and '"eta"' not in shown.decode()
 
 
 def test_closed_streams_and_odd_ranks_are_no_tracebacks(monkeypatch, capsys):

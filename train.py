@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (ANOTHER_FOLDER, InputError, Run, autocast, default_workers, derive_seed,
+from run import (ANOTHER_FOLDER, InputError, LiveLine, Run, autocast, default_workers, derive_seed,
                  plain_errors, quiet_worker, setup, sha256, write_atomically, write_json)
 
 import torch
@@ -38,6 +38,7 @@ from eval import evaluate, iou, save_predictions, summarize, table, test_view
 from fakes import parse_r, read_fakes, replay, save_fakes, synthesize
 from methods import METHODS
 from model import BACKBONES, DeepLabV3, load_model, read_checkpoint, save_model
+from seginversion import stages
 
 # The parser's defaults are the paper's numbers (Sec. 4.2; MiB's where it says "as in [5]",
 # DeepInversion's weights where it follows that). These are what a data set changes. On small
@@ -233,6 +234,20 @@ def number_of_fakes(args, step, counts, steps):
         return math.ceil(first * len(steps[step - 1]) / len(steps[0]))
     number = args.num_fakes or min(counts[step], 1024)
     return math.ceil(number / args.fake_batch) * args.fake_batch
+
+
+def work_of(args, task):
+    """{(step, phase): forward passes of an image}: a backward pass counts as two, one to the pixels
+    alone as one. The time left is guessed from it."""
+    work, counts, options = {}, [*map(len, task.images)], inversion(args)
+    size = sum((size / args.crop) ** 2 for size in stages(options["sizes"], options["steps"]))
+    for step, count in enumerate(counts):
+        passes = 3 + bool(step and METHODS[args.method].uses_teacher)
+        fakes = number_of_fakes(args, step, counts, task.steps)
+        work[step, "seginversion"] = 2 * size * fakes * (args.fake == "seginversion")
+        work[step, "training"] = passes * step_length(args, step, count)[1] * args.batch_size
+        work[step, "scoring"] = len(task.test_labels)
+    return work
 
 
 # ------------------------------------------------------------------------------------ the task
@@ -492,7 +507,8 @@ def score(step, task, args, run, world):
     run.seconds = about["seconds"]
     view = test_view(task.test_set, task.test_labels, task.steps, step, args.crop, args.dataset)
     with run.timed("evaluation"):
-        confusion = evaluate(model, view, world, args.workers, args.amp)
+        confusion = evaluate(model, view, world, args.workers, args.amp,
+                             report=lambda event: run.show({"step": step, **event}))
     if world.rank == 0:
         if step == len(task.steps) - 1:
             save_predictions(model, view, run.folder / "predictions.png", world.device)
@@ -562,6 +578,8 @@ def main(argv=None, real_replay=False):
                 task.images]
         run.settings = run.claim({**settings, "data": sha256(json.dumps(seen))})
     run.settings = world.from_rank_0(run.settings)
+    if world.rank == 0 and sys.stdout and sys.stdout.isatty():
+        run.live = LiveLine(work_of(args, task))
     run.log(command=" ".join(sys.argv), processes=world.size, device=str(world.device),
             torch=torch.__version__, flags=off_default(args))
     for step in range(len(task.steps)):
