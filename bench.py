@@ -20,18 +20,16 @@ import math
 import os
 import platform
 import re
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 import weakref
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import InputError, World, plain_errors
+from run import InputError, Parser, World, commit, plain_errors
 
 import numpy as np
 import torch
@@ -541,17 +539,6 @@ SECTIONS["cuda"] = lambda: itertools.chain(losses(), inversion(), equal_fakes(),
                                            on_gpu())
 
 
-@cache
-def commit():
-    """The code's commit; results may have changed since. "unknown" without git."""
-    if not shutil.which("git"):
-        return "unknown"
-    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent,
-                                        capture_output=True, text=True).stdout.strip()
-    changes = git("diff", "--name-only", "HEAD", "--", "*.py")
-    return (git("describe", "--always") or "unknown") + (" and changes" if changes else "")
-
-
 def machine():
     """What the numbers were measured on."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -571,7 +558,7 @@ def measure(sections):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = Parser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--plan", action="store_true", help="the cost of a run of train.py, whose flags follow")

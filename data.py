@@ -8,7 +8,6 @@ Data sets: `shapes` (made here, no download), `voc`, `ade`, and `folder` (your o
 layout with a classes.txt). Each is an object with `classes` (names, background first), `len()`,
 `read(i)` -> (RGB image, id mask), both PIL, and `labels()` -> the class ids in every image.
 """
-import argparse
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (InputError, check_file, cpus, derive_seed, plain_errors, printable, sha256,
+from run import (InputError, Parser, check_file, cpus, derive_seed, plain_errors, printable, sha256,
                  write_atomically)
 
 import numpy as np
@@ -442,7 +441,7 @@ def prepare_ade(root):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Download and prepare a data set.")
+    parser = Parser(description="Download and prepare a data set.")
     parser.add_argument("dataset", choices=["voc", "ade"])
     parser.add_argument("--data-root", default="data",
                         help="where to put it; pass the same folder to train.py")

@@ -11,7 +11,6 @@ Scores of class-incremental segmentation, and predictions for any picture.
 "old" is the classes of step 0, "new" those of every later step, "all" both. The paper's tables mix
 three conventions for the background, so all three are printed; the first is MiB's and the headline.
 """
-import argparse
 import csv
 import io
 import math
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (InputError, Run, World, autocast, default_workers, plain_errors, printable,
+from run import (InputError, Parser, Run, World, autocast, default_workers, plain_errors, printable,
                  quiet_worker, read_json, setup, write_atomically)
 
 import numpy as np
@@ -367,7 +366,7 @@ def score_again(run, settings, dataset, world):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Score a run again, segment pictures with its last model, or judge its fakes.")
     a = parser.add_argument
     a("run", nargs="?", help="run folder that train.py wrote")

@@ -12,7 +12,6 @@ network's own segmentation underneath. A folder of fakes holds
                         gives to each class asked for, at its own stride; and the line's own digest
     plan.json           the settings, and a digest of the network
 """
-import argparse
 import functools
 import json
 import math
@@ -20,8 +19,8 @@ import time
 from pathlib import Path
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (InputError, World, derive_seed, plain_errors, read_json, setup, sha256,
-                 write_atomically, write_json)
+from run import (InputError, Parser, World, derive_seed, nearest, plain_errors, read_json, setup,
+                 sha256, write_atomically, write_json)
 
 import numpy as np
 import torch
@@ -343,7 +342,7 @@ def count_fake(probability, mine, other):
 # ------------------------------------------------------------------------------------- Figure 3
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Figure 3: the same noise inverted at several r.")
+    parser = Parser(description="Figure 3: the same noise inverted at several r.")
     a = parser.add_argument
     a("--checkpoint", required=True, help="step-<k>.pth of a run, whose settings are used")
     a("--classes", nargs="+", required=True,
@@ -362,7 +361,8 @@ def check(args, names):
     unknown = [c for group in asked for c in group if c not in names[1:]]
     if unknown:
         raise InputError(f"--classes {' '.join(args.classes)}: {unknown[0] or 'an empty name'} is "
-                         f"unknown to this checkpoint, which knows {', '.join(names[1:])}")
+                         f"unknown to this checkpoint, which knows {', '.join(names[1:])}"
+                         + nearest(unknown[0], names[1:]))
     if args.images < len(asked):
         raise InputError(f"--images {args.images}: fewer than the {len(asked)} sets of --classes")
     if not 0 <= args.seed < 2 ** 63:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from run import InputError, check_file, printable, reason, write_atomically
+from run import InputError, check_file, nearest, printable, reason, write_atomically
 
 SLOPE = 0.01                                            # LeakyReLU slope of activated batch norm
 
@@ -207,7 +207,8 @@ class DeepLabV3(nn.Module):
     def __init__(self, backbone, classes_per_step, pretrained=None):
         super().__init__()
         if backbone not in BACKBONES:
-            raise InputError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}")
+            raise InputError(f"unknown backbone {backbone!r}: choose from {', '.join(BACKBONES)}"
+                             + nearest(backbone, BACKBONES))
         self.backbone = backbone
         body, width, rates = BACKBONES[backbone]
         self.body, channels = body(pretrained_network(backbone, pretrained))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from run import InputError, check_file, printable, reason
+from run import InputError, check_file, nearest, printable, reason
 
 VOID = 255                                              # VOC's "do not care" id
 
@@ -55,7 +55,8 @@ def parse_order(text, classes):
     wrong = [word for i, word in enumerate(words) if not ids.get(word) or word in words[:i]]
     missing = [name for i, name in enumerate(classes) if i and {name, str(i)}.isdisjoint(words)]
     if wrong or missing or len(words) != len(classes) - 1:
-        what = f"{printable(wrong[0])} is unknown or there twice" if wrong else \
+        what = f"{printable(wrong[0])} is unknown or there twice" + nearest(
+            wrong[0], set(ids) - {wrong[0]}) if wrong else \
             f"{missing[0]} is missing" if missing else "a class is there twice"
         raise InputError(f"--order: {what}; it names every class but the background once")
     return [ids[word] for word in words]

@@ -6,13 +6,15 @@ One page of a run, `report.html`: what it did, what came out, and what to look a
 
 Every number is read from the run's records. The page needs no network and no script.
 """
-import argparse
 import base64
 import contextlib
 import html
 import io
 import json
 from pathlib import Path
+
+# first, as it sees to Ctrl-C while the others are imported
+from run import InputError, Parser, Run, plain_errors, printable, read_json, write_atomically
 
 import numpy as np
 import torch
@@ -21,7 +23,6 @@ from PIL import Image
 from data import palette
 from eval import iou, paper_results, summarize
 from fakes import FOUND, read_lines
-from run import InputError, Run, plain_errors, printable, read_json, write_atomically
 
 HEADLINE = "background excluded"
 MOST_CLASSES, THUMBNAIL = 30, 112                   # of the confusion matrix; pixels
@@ -380,7 +381,7 @@ def write(folders, path):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="One page of a run, or of several side by side.")
+    parser = Parser(description="One page of a run, or of several side by side.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     return parser.parse_args(argv)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import InputError, plain_errors, read_json, write_atomically
+from run import InputError, Parser, commit, plain_errors, read_json, write_atomically
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -30,7 +30,6 @@ from PIL import Image, ImageDraw
 import data
 import fakes
 import train
-from bench import commit
 from eval import test_view
 from methods import METHODS
 from model import load_model
@@ -577,7 +576,7 @@ def check_voc6(args):
 # ------------------------------------------------------------------------------------ commands
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = Parser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--only", default="", metavar="TEXT", help="runs and figures with this in their names")

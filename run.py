@@ -6,8 +6,11 @@ What a run is: its processes and device, its folder and settings, its seeds, log
     run.claim(settings)                         # this command's, or InputError
     run.log(step=0, iteration=20, loss=1.5)     # one JSON line, to the screen and to log.jsonl
 """
+import argparse
 import contextlib
+import difflib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +18,7 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
 import zipfile
@@ -218,6 +222,43 @@ def strict_json(value, digits=17, indent=None):
 def sha256(data):
     """Sixteen hex digits for bytes or text."""
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
+
+
+@functools.cache
+def commit():
+    """The code's commit; results may have changed since. "unknown" without git."""
+    if not shutil.which("git"):
+        return "unknown"
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).parent,
+                                        capture_output=True, text=True).stdout.strip()
+    changes = git("diff", "--name-only", "HEAD", "--", "*.py")
+    return (git("describe", "--always") or "unknown") + (" and changes" if changes else "")
+
+
+def nearest(word, known):
+    """"; did you mean ...?" for a word that is not among the known ones, or ""."""
+    close = difflib.get_close_matches(str(word), list(known), 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, which names the nearest choice of a flag to a mistyped one."""
+
+    def error(self, message):
+        if choice := re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message):
+            message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif unknown := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            message += nearest(unknown[1], self._option_string_actions)
+        super().error(message)
+
+
+class Version(argparse.Action):
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
+
+    def __call__(self, parser, *_):
+        print(f"commit {commit()}, torch {torch.__version__}")
+        parser.exit()
 
 
 # --------------------------------------------------------------------------------------- seeds

@@ -2823,7 +2823,8 @@ def test_a_pipe_is_not_replaced_and_short_memory_does_not_call_a_file_damaged(
             model.load_model(tmp_path / "c.pth")
 
 
-@pytest.mark.parametrize("script", ["train", "eval", "fakes", "data", "bench", "reproduce"])
+@pytest.mark.parametrize("script", ["train", "eval", "fakes", "data", "report", "bench",
+                                    "reproduce"])
 def test_ctrl_c_during_the_imports_is_no_traceback(script):
     process = subprocess.Popen([sys.executable, f"{script}.py", "--help"], cwd=HERE, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -2876,6 +2877,29 @@ def test_on_a_terminal_a_run_is_one_line_that_moves_and_its_log_is_the_same(fini
     assert all(len(line) < 90 for line in moves) and "in all" in moves[0]
     keys = lambda folder: [list(line) for line in read_log(folder)]
     assert keys(tmp_path / "run") == keys(finished / "run") and '"eta"' not in shown.decode()
+
+
+@pytest.mark.parametrize("command, sentence", [
+    ("train.py --dataset vox", "did you mean voc?"),
+    ("train.py --backbone resnet100", "did you mean resnet101?"),
+    ("train.py --metod mib", "did you mean --method?"),
+    ("train.py --method lwf_mc", "did you mean lwf-mc?"), ("data.py vok", "did you mean voc?")])
+def test_a_mistyped_choice_or_flag_is_told_the_nearest(capsys, command, sentence):
+    script, *flags = command.split()
+    with pytest.raises(SystemExit) as stop:
+        {"train.py": train, "data.py": data}[script].parse(flags)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_mistyped_class_is_told_the_nearest_and_the_version_is_the_commit(finished, capsys):
+    with pytest.raises(InputError, match="unicron is unknown.*did you mean unicorn"):
+        protocol.parse_order("unicron,1", ["background", "cat", "unicorn"])
+    with pytest.raises(InputError, match="did you mean cow"):
+        fakes.main(["--checkpoint", f"{finished}/run/step-2.pth", "--classes", "cowe"])
+    with pytest.raises(SystemExit) as stop:
+        train.parse(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"commit {run_module.commit()}, torch {torch.__version__}\n"
 
 
 def test_closed_streams_and_odd_ranks_are_no_tracebacks(monkeypatch, capsys):
@@ -3579,9 +3603,9 @@ def test_a_ratio_is_taken_pair_by_pair(monkeypatch):
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    bench.commit.cache_clear()
-    assert bench.commit() == "unknown"
-    bench.commit.cache_clear()
+    run_module.commit.cache_clear()
+    assert run_module.commit() == "unknown"
+    run_module.commit.cache_clear()
 
 
 def test_the_published_form_measures_the_same_distance():

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (ANOTHER_FOLDER, InputError, LiveLine, Run, autocast, default_workers, derive_seed,
-                 plain_errors, quiet_worker, setup, sha256, write_atomically, write_json)
+from run import (ANOTHER_FOLDER, InputError, LiveLine, Parser, Run, Version, autocast,
+                 default_workers, derive_seed, plain_errors, quiet_worker, setup, sha256,
+                 write_atomically, write_json)
 
 import torch
 import torch.distributed as dist
@@ -64,7 +65,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
+    p = Parser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     a = p.add_argument_group("task and data (Sec. 4.1)").add_argument
     a("--dataset", choices=list(DATASET_DEFAULTS), default="shapes",
       help="folder: your own images in VOC's layout")
@@ -79,6 +80,7 @@ def parser():
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
 
     a = p.add_argument_group("run").add_argument
+    a("--version", action=Version, help="print the commit and torch's version, no more")
     a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>[-<method>]")
     a("--step0", metavar="CHECKPOINT",
       help="another run's step-0.pth to build upon: methods and ablations share it")
@@ -140,7 +142,7 @@ LIMITS = {"batch_size": (2, 10 ** 6),
 
 
 def parse(argv=None):
-    p, first = parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p, first = parser(), Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=list(DATASET_DEFAULTS), default="shapes")
     p.set_defaults(**DATASET_DEFAULTS[first.parse_known_args(argv)[0].dataset])
     args = p.parse_args(argv)
