@@ -3,11 +3,14 @@ The data: data sets, views of them as the network sees them, and mini-batches.
 
     python data.py voc --data-root data         # download VOC 2012 + SBD, make SegmentationClassAug
     python data.py ade --data-root data         # download ADE20K (the 2016 scene-parsing release)
+    python data.py check --data-root my-images --task 4-1    # what is wrong, what a run would see
+    python data.py convert ... --out my-images  # from colours, labelme or COCO: see convert.py
 
 Data sets: `shapes` (made here, no download), `voc`, `ade`, and `folder` (your own images in VOC's
 layout with a classes.txt). Each is an object with `classes` (names, background first), `len()`,
 `read(i)` -> (RGB image, id mask), both PIL, and `labels()` -> the class ids in every image.
 """
+import argparse
 import json
 import os
 import re
@@ -18,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (InputError, Parser, check_file, cpus, derive_seed, plain_errors, printable, sha256,
-                 write_atomically)
+from run import (InputError, Parser, World, check_file, cpus, derive_seed, plain_errors, printable,
+                 sha256, write_atomically)
 
 import numpy as np
 import torch
@@ -440,22 +443,111 @@ def prepare_ade(root):
     print(f"{len(load('ade', root, 'train'))} training images (expected 20210) in {root}")
 
 
+# --------------------------------------------------------------------------- your own pictures
+
+def check(args):
+    """Everything that is wrong with a data set, and what each step of a task would see of it.
+
+    args: of train.py. Raises InputError at the end if a picture, a mask or a list is wrong.
+    """
+    import train                                            # which imports this module
+    sets = [load(args.dataset, args.data_root, split) for split in ("train", "val")]
+    C, wrong, seen = len(sets[0].classes), {}, []
+    for dataset in sets:
+        images, pixels, labels, small = np.zeros(C, int), np.zeros(C, int), [], 0
+        areas = [[] for _ in range(C)]
+        for image, mask in zip(dataset.images, dataset.masks):
+            try:
+                labels.append(scan_file(image, mask, C - 1)[0])
+                size, counts = image_size(image), np.array(read_mask(mask, C - 1).histogram()[:C])
+            except InputError as error:
+                path, _, what = str(error).partition(": ")
+                wrong.setdefault(re.sub(r"\d+", "#", what.replace(str(image), "its image")),
+                                 []).append((path, what))
+                continue
+            images, pixels = images + (counts > 0), pixels + counts
+            small += min(size) < args.crop
+            for k in np.flatnonzero(counts):
+                areas[k].append(counts[k] * (args.crop / min(size)) ** 2)
+        seen.append((images, pixels, labels, areas, small))
+    for problem in wrong.values():
+        paths = ", ".join(printable(path) for path, _ in problem[:3])
+        print(f"{len(problem)} x {printable(problem[0][1])}: {paths}"
+              + ", ..." * (len(problem) > 3))
+    (images, pixels, labels, areas, small), (val_images, val_pixels, *_) = seen
+    print(f"\n| class | training images | pixels (%) | test images | pixels (%) |\n{'|---' * 5}|")
+    share = lambda counts, k: f"{100 * counts[k] / max(1, counts.sum()):.2f}"
+    for k, name in enumerate(sets[0].classes):
+        print(f"| {name} | {images[k]} | {share(pixels, k)} | {val_images[k]} "
+              f"| {share(val_pixels, k)} |")
+    if wrong:
+        raise InputError(f"{sum(map(len, wrong.values()))} files are wrong, see above")
+    task = train.open_task(args, World())
+    warnings = describe_steps(task, args, train)
+    for k, name in enumerate(sets[0].classes[1:], 1):
+        if not val_pixels[k]:
+            warnings.append(f"no test pixel is {name}: it has no score")
+        if areas[k] and np.median(areas[k]) < 64:
+            warnings.append(f"{name} has fewer than 64 pixels in half of its images at --crop "
+                            f"{args.crop}: it may vanish; raise --crop")
+    if small:
+        warnings.append(f"{small} of {len(sets[0])} training images are smaller than --crop "
+                        f"{args.crop} and are enlarged")
+    print("\n" + "\n".join(f"warning: {printable(w)}" for w in warnings) if warnings
+          else "\nnothing to warn of")
+
+
+def describe_steps(task, args, train):
+    """Print what each step sees; what will disappoint, as sentences."""
+    warnings, counts = [], [*map(len, task.images)]
+    print(f"\n| step of {args.task} | classes | images | iterations | fakes |\n{'|---' * 5}|")
+    for step, count in enumerate(counts):
+        each, iterations = train.step_length(args, step, count)
+        names = ", ".join(task.train_set.classes[c] for c in task.steps[step])
+        print(f"| {step} | {names} | {count} | {iterations} "
+              f"| {train.number_of_fakes(args, step, counts, task.steps)} |")
+        if iterations < 300:
+            flag = "--epochs0" if step == 0 else "--epochs"
+            warnings.append(f"step {step} has {iterations} iterations, under 300 few classes are "
+                            f"learned: {flag} {-(-300 // each)}")
+    return warnings
+
+
 def parse(argv=None):
-    parser = Parser(description="Download and prepare a data set.")
-    parser.add_argument("dataset", choices=["voc", "ade"])
-    parser.add_argument("--data-root", default="data",
-                        help="where to put it; pass the same folder to train.py")
-    return parser.parse_args(argv)
+    """The command's flags; of `check`, those of train.py."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    for name in ("voc", "ade"):
+        commands.add_parser(name, help="download it").add_argument(
+            "--data-root", default="data", help="where to put it; the same for train.py")
+    commands.add_parser("check", add_help=False, help="read all of a data set; train.py's flags")
+    a = commands.add_parser("convert", help="masks as people have them").add_argument
+    a("source", help="folder of coloured masks or labelme's files, or COCO's .json")
+    a("--out", required=True, help="new folder in the layout of --dataset folder")
+    a("--images", help="folder of the photographs, if not beside labelme's files")
+    a("--names", help="coloured masks: a file of lines `name red green blue`, background first")
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "check":
+        import train                                        # which imports this module
+        args.train = train.parse(["--dataset", "folder", *rest])
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def main(argv=None):
     args = parse(argv)
+    if args.command == "check":
+        return check(args.train)
+    if args.command == "convert":
+        from convert import convert                         # which imports this module
+        return convert(args.source, args.out, args.images, args.names)
     try:
-        {"voc": prepare_voc, "ade": prepare_ade}[args.dataset](args.data_root)
+        {"voc": prepare_voc, "ade": prepare_ade}[args.command](args.data_root)
     except InputError:
         raise
     except Exception as error:                  # torchvision's and scipy's, for a broken archive
-        raise InputError(f"could not prepare {args.dataset} in {args.data_root}: {error}") from None
+        raise InputError(f"could not prepare {args.command} in {args.data_root}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from PIL import Image
 from torch import nn
 
 import bench
+import convert
 import data
 import distill
 import eval as evaluation
@@ -1931,6 +1932,127 @@ def test_hostile_metadata_and_pipes_are_one_sentence_or_read(tmp_path):
             read(tmp_path / "pipe.png")
     with pytest.raises(InputError, match="null byte"):
         pictures.read_image("a\0b.png")
+
+
+# -------------------------------------------------------------------------------- your own pictures
+
+def test_check_says_all_that_is_wrong_at_once_and_what_every_step_would_see(tmp_path, capsys):
+    root = make_folder(tmp_path, train=24, val=6)
+    flags = f"check --data-root {root} --task 1-1 --crop 32 --batch-size 4 --num-fakes 8".split()
+    data.main(flags)
+    out = capsys.readouterr().out
+    masks = [np.array(Image.open(root / f"SegmentationClass/train{i}.png")) for i in range(24)]
+    share = 100 * sum((m == 1).sum() for m in masks) / sum((m < 4).sum() for m in masks)
+    assert f"| cat | 8 | {share:.2f} | 2 |" in out
+    assert "| 0 | cat | 8 | 60 | 0 |" in out and "| 1 | dog | 8 | 120 | 16 |" in out
+    assert "warning: step 0 has 60 iterations, under 300 few classes are learned: --epochs0 150" \
+        in out and "enlarged" not in out
+    Image.new("L", (36, 40), 2).save(root / "SegmentationClass/val0.png")       # the only cats
+    Image.new("L", (36, 40), 2).save(root / "SegmentationClass/val3.png")
+    data.main([*flags, "--crop", "64"])
+    out = capsys.readouterr().out
+    assert "warning: no test pixel is cat: it has no score" in out
+    assert "warning: 24 of 24 training images are smaller than --crop 64" in out
+    for i in (1, 4, 7):
+        Image.new("L", (36, 40), 9).save(root / f"SegmentationClass/train{i}.png")
+    (root / "JPEGImages/train2.jpg").write_bytes(b"x")
+    with pytest.raises(InputError, match="4 files are wrong, see above"):
+        data.main(flags)
+    out = capsys.readouterr().out
+    assert re.search(r"3 x mask id 9 is outside the classes 0 to 3 .*train1.png, .*train7.png", out)
+    assert re.search(r"1 x not a readable image .*train2.jpg", out)
+
+
+def test_masks_in_colours_become_ids_and_an_unknown_colour_is_listed(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "masks").mkdir()
+    colours = np.array([[0, 0, 0], [10, 20, 30], [200, 0, 1], [9, 9, 9]], np.uint8)
+    ids = {f"{n}": np.random.RandomState(n).randint(0, 4, (6, 5)) for n in range(6)}
+    for name, mask in ids.items():
+        Image.new("RGB", (5, 6)).save(tmp_path / f"photos/{name}.jpg")
+        Image.fromarray(colours[mask]).save(tmp_path / f"masks/{name}.png")
+    names = tmp_path / "colours.txt"
+    names.write_text("background 0 0 0\nwild boar 10 20 30\nsky 200,0,1\nvoid 9 9 9\n")
+    command = ["convert", f"{tmp_path}/masks", "--images", f"{tmp_path}/photos", "--names",
+               f"{names}", "--out"]
+    data.main([*command, f"{tmp_path}/out"])
+    assert "5 training and 1 test pictures of 3 classes" in capsys.readouterr().out
+    train_set, val = (data.load("folder", tmp_path / "out", split) for split in ("train", "val"))
+    assert train_set.classes == ["background", "wild boar", "sky"] and len(val) == 1
+    for dataset in (train_set, val):
+        for i in range(len(dataset)):
+            expected = np.where(ids[dataset.images[i].stem] == 3, 255, ids[dataset.images[i].stem])
+            assert np.array_equal(np.array(dataset.read(i)[1]), expected)
+    with pytest.raises(InputError, match="out: is not empty"):
+        data.main([*command, f"{tmp_path}/out"])
+    names.write_text("background 0 0 0\nboar 10 20 30\nvoid 9 9 9\n")
+    with pytest.raises(InputError, match=r"6 of 6 pictures .*0.png: 1 unknown colours: "
+                                         r"\(200, 0, 1\) in \d+ pixels"):
+        data.main([*command, f"{tmp_path}/new"])
+    assert not (tmp_path / "new").exists()
+    for text, sentence in (("a 1 2\n", "line 1: expected"), ("a 1 2 3\nb 1 2 3", "line 2: b")):
+        names.write_text(text)
+        with pytest.raises(InputError, match=sentence):
+            data.main([*command, f"{tmp_path}/new"])
+
+
+def test_labelmes_polygons_become_ids_by_name(tmp_path):
+    for k, name in enumerate("ab"):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{name}.jpg")
+        square = {"label": "cow" if k else "ant", "shape_type": "polygon",
+                  "points": [[2, 1], [9, 1], [9, 5], [2, 5]]}
+        box = {"label": "__ignore__", "shape_type": "rectangle", "points": [[12, 0], [15, 3]]}
+        record = {"imagePath": f"{name}.jpg", "shapes": [square, box]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    convert.convert(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out/classes.txt").read_text() == "background\nant\ncow\n"
+    for k, name in enumerate("ab"):
+        ids = np.array(pictures.read_mask(tmp_path / f"out/SegmentationClass/{name}.png"))
+        assert ids.shape == (10, 20) and (ids[1:6, 2:10] == k + 1).all()
+        assert (ids[:4, 12:16] == 255).all() and (ids > 0).sum() == 5 * 8 + 4 * 4
+    record["shapes"][0]["shape_type"] = "linestrip"
+    (tmp_path / "b.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="b.json: shapes of kind linestrip have no area"):
+        convert.convert(tmp_path, tmp_path / "new")
+
+
+def test_cocos_polygons_and_both_kinds_of_run_lengths_become_ids(tmp_path):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.jpg")
+    mask = np.array([[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 1]], bool)
+    counts = [2, 5, 4, 1]                                   # column by column, zeros first
+    assert np.repeat([0, 1] * 2, counts).tolist() == mask.T.flatten().tolist()
+    size = {"size": [3, 4]}
+    record = {"images": [{"id": 7, "file_name": "a.jpg"}],
+              "categories": [{"id": 90, "name": "cow"}, {"id": 3, "name": "ant"}],
+              "annotations": [
+                  {"image_id": 7, "category_id": 3, "area": 5,
+                   "segmentation": {**size, "counts": counts}},
+                  {"image_id": 7, "category_id": 90, "area": 12,
+                   "segmentation": [[0, 0, 3, 0, 3, 2, 0, 2]]}]}
+    (tmp_path / "c.json").write_text(json.dumps(record))
+    convert.convert(tmp_path / "c.json", tmp_path / "out", images=tmp_path)
+    ids = np.array(pictures.read_mask(tmp_path / "out/SegmentationClass/a.png"))
+    assert np.array_equal(ids, np.where(mask, 2, 1))        # the small one lies on top
+    record["annotations"][0]["segmentation"]["counts"] = [3, 4]
+    (tmp_path / "c.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="a.jpg: run lengths of 7 pixels for a mask of 12"):
+        convert.convert(tmp_path / "c.json", tmp_path / "new", images=tmp_path)
+
+
+def test_cocos_compressed_run_lengths_come_back_from_a_naive_encoder():
+    def encoded(counts):
+        text = ""
+        for i, count in enumerate(counts):
+            x = count - (counts[i - 2] if i > 2 else 0)
+            while True:
+                bits, x = x & 31, x >> 5
+                more = x != (-1 if bits & 16 else 0)
+                text += chr(48 + bits + 32 * more)
+                if not more:
+                    break
+        return text
+    for counts in ([0, 1, 0], [5, 70000, 3, 2, 900, 16, 15, 31, 32, 1], [1023] * 7):
+        assert convert.run_lengths(encoded(counts)) == counts
 
 
 # ----------------------------------------------------------------------------------------- fakes.py
