@@ -456,9 +456,10 @@ def inversion_flops(args, classes, counts, steps):
 def cheaper(args):
     """The same run with SegInversion as folder has it and --reuse-fakes; the flags for that."""
     ours = train.DATASET_DEFAULTS["folder"] | {"reuse_fakes": True}
-    return argparse.Namespace(**vars(args) | ours), " ".join(
-        f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
-        for name, value in ours.items())
+    flags = " ".join(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
+                     for name, value in ours.items())
+    ours["fake_sizes"] = train.parse_sizes(ours["fake_sizes"], args.crop)
+    return argparse.Namespace(**vars(args) | ours), flags
 
 
 def plan(args, gpus, tflops):

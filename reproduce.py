@@ -46,8 +46,8 @@ VOC6_CLASSES = "background cat cow dog horse person sheep".split()
 SETTINGS = {
     "shapes": "--dataset shapes",
     "voc6": "--dataset folder --backbone mobilenet_v2 --crop 96 --batch-size 16 --epochs0 6 "
-            "--epochs 8 --lr0 0.02 --lr 0.003 --num-fakes 64 --fake-steps 200 --fake-classes 1 "
-            "--fake-lr 0.1 --workers 1",
+            "--epochs 8 --lr0 0.02 --lr 0.003 --num-fakes 64 --fake-steps 200 --fake-sizes 1 "
+            "--fake-classes 1 --fake-lr 0.1 --workers 1",
 }
 TASK = {"shapes": "15-1", "voc6": "4-1"}                # of the judges, and of Figures 3 and 4
 PAPERS = {f"--method {name}": "--lr 0.001" for name in ("pi", "ewc", "rw")}

@@ -2391,6 +2391,8 @@ def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch)
     ("--fake-sizes 8,64", "--fake-sizes 8,64: expected"),
     ("--fake-sizes 32", "--fake-sizes 32: expected growing sizes, from 16 on, which end with "
      "--crop, 64"),
+    ("--fake-sizes 1/2,1/0", "--fake-sizes 1/2,1/0: expected"),
+    ("--fake-sizes 1/2,2/3", "--fake-sizes 1/2,2/3: expected"),
     ("--crop 8", "--crop 8: must be a number from 16 to 10000"),
     ("--lr -1", "--lr -1.0: must be"), ("--lr0 nan", "--lr0 nan: must be"),
     ("--lam -1", "--lam -1.0: must be"),
@@ -2874,6 +2876,14 @@ def test_real_replay_trains_on_real_images_of_earlier_steps_and_its_folder_is_it
         train.main(command)
 
 
+def test_fake_sizes_are_pixels_or_shares_of_the_crop():
+    of = lambda flags: train.parse(flags.split()).fake_sizes
+    assert of("--dataset voc") == [512] and of("--crop 32 --fake-sizes 1/3,2/3,1") == [16, 32]
+    assert of("--crop 96 --fake-sizes 1/3,2/3,1") == [32, 64, 96]
+    assert of("--crop 500 --fake-sizes 0.25,1") == [128, 500]
+    assert of("--crop 96 --fake-sizes 40,96") == [40, 96]
+
+
 def test_off_default_names_the_flags_that_make_a_run_another_method():
     of = lambda flags: train.off_default(train.parse(flags.split()))
     assert of("") == of("--dataset voc --task 15-5 --method mib --seed 3 --workers 2") == ""
@@ -2882,6 +2892,8 @@ def test_off_default_names_the_flags_that_make_a_run_another_method():
     assert of("--dataset voc --backbone tiny --max-iters 2") == "--max-iters 2 --backbone tiny"
     assert of("--dataset voc --lam 0 --r avg --spectrum 1") == "--lam 0.0 --r avg --spectrum 1.0"
     assert of("--method mib --lam 1 --fake noise") == "--lam 1.0 --fake noise"
+    assert of("--dataset voc --crop 96 --reuse-fakes") == "--crop 96 --reuse-fakes"
+    assert of("--dataset voc --fake-sizes 1/2,1") == "--fake-sizes 256,512"
 
 
 def test_a_method_of_your_own_is_a_function_and_a_line(finished, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import math
 import shutil
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,8 @@ from seginversion import stages
 DATASET_DEFAULTS = {
     "voc": {"task": "15-1"},
     "ade": {"task": "100-50", "epochs": 60},
-    "folder": {"fake_steps": 100, "spectrum": 1.0, "tv": 0.3, "bn": 10.0},
+    "folder": {"fake_steps": 190, "fake_sizes": "1/3,2/3,1", "spectrum": 1.0, "tv": 0.3,
+               "bn": 10.0},
     "shapes": {                                             # sizes for a laptop's CPU
         "task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "workers": 1,
         "epochs0": 14, "epochs": 12, "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1,
@@ -118,8 +120,8 @@ def parser():
       "is short: fewer than 16 are still matched with the BatchNorm statistics of 16")
     a("--fake-classes", type=int, default=3, help="most classes in one fake (Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
-    a("--fake-sizes", help="from coarse to fine, such as 128,256,512, which shares out the steps "
-      "evenly; default: --crop alone")
+    a("--fake-sizes", default="1", help="from coarse to fine, in pixels (128,256,512) or shares of "
+      "--crop (1/4,1/2,1); the steps are shared out evenly over them")
     a("--reuse-fakes", action="store_true", help="a step makes fakes of the classes of the step "
       "before it alone, and takes the others from the earlier steps")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
@@ -141,10 +143,16 @@ LIMITS = {"batch_size": (2, 10 ** 6),
           "spectrum": (0, 4), "seed": (0, 2 ** 63 - 1)}     # spectrum: photographs are near 1
 
 
+def parser_of(dataset):
+    p = parser()
+    p.set_defaults(**DATASET_DEFAULTS[dataset])
+    return p
+
+
 def parse(argv=None):
-    p, first = parser(), Parser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=list(DATASET_DEFAULTS), default="shapes")
-    p.set_defaults(**DATASET_DEFAULTS[first.parse_known_args(argv)[0].dataset])
+    p = parser_of(first.parse_known_args(argv)[0].dataset)
     args = p.parse_args(argv)
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
@@ -164,23 +172,24 @@ def parse(argv=None):
     args.workers = default_workers() if args.workers is None else args.workers
     method_name = "" if args.method == p.get_default("method") else f"-{args.method}"
     args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}{method_name}"
-    if args.fake_sizes is not None:
-        args.fake_sizes = parse_sizes(args.fake_sizes, args.crop)
+    args.fake_sizes = parse_sizes(args.fake_sizes, args.crop)
     for step in (0, 1):
         batch_parts(args, step)
     return args
 
 
 def parse_sizes(text, crop):
-    """--fake-sizes: growing sizes that end with --crop."""
+    """--fake-sizes: growing sizes that end with --crop; shares of it are rounded to 16 pixels."""
     try:
-        sizes = [int(size) for size in text.split(",")]
-        if sizes != sorted(set(sizes)) or sizes[0] < 16 or sizes[-1] != crop:
+        given = [Fraction(size) for size in text.split(",")]
+        sizes = [int(size) for size in given] if given[-1] > 1 else sorted(
+            {crop if share == 1 else max(16, 16 * round(share * crop / 16)) for share in given})
+        if min(given) <= 0 or sizes != sorted(set(sizes)) or sizes[0] < 16 or sizes[-1] != crop:
             raise ValueError
         return sizes
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise InputError(f"--fake-sizes {text}: expected growing sizes, from 16 on, which end with "
-                         f"--crop, {crop}, such as {max(16, crop // 2)},{crop}") from None
+                         f"--crop, {crop}, or shares of it that end with 1: 1/2,1") from None
 
 
 def off_default(args):
@@ -188,11 +197,13 @@ def off_default(args):
     usual = parse(["--dataset", args.dataset, "--task", args.task, "--method", args.method])
     if args.pretrained != "none":                           # a file may hold the paper's weights
         usual.pretrained = args.pretrained
+    usual.fake_sizes = parse_sizes(parser_of(args.dataset).get_default("fake_sizes"), args.crop)
     harmless = "setting data_root out step0 seed workers amp".split()
     off = {name: value for name, value in vars(args).items()
            if name not in harmless and value != getattr(usual, name)}
     text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else value
-    return " ".join(f"--{name.replace('_', '-')} {text(value)}" for name, value in off.items())
+    return " ".join(f"--{name.replace('_', '-')}" + f" {text(value)}" * (value is not True)
+                    for name, value in off.items())
 
 
 def batch_parts(args, step):
@@ -346,7 +357,7 @@ def learn(step, task, args, run, world):
 def inversion(args):
     """The options of seginversion.invert."""
     steps = min(args.fake_steps, args.max_iters or args.fake_steps)
-    return {"sizes": args.fake_sizes or [args.crop], "steps": steps, "lr": args.fake_lr,
+    return {"sizes": args.fake_sizes, "steps": steps, "lr": args.fake_lr,
             "tv": args.tv, "bn": args.bn, "spectrum": args.spectrum}
 
 
