@@ -25,7 +25,7 @@ from run import (InputError, Parser, Run, World, autocast, default_workers, plai
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.utils import draw_segmentation_masks
@@ -35,7 +35,7 @@ import protocol
 from fakes import digest, judge_fakes
 from fast import upsample_rows
 from model import load_model, upsample
-from pictures import ENDINGS, read_image
+from pictures import ENDINGS, palette, read_image
 
 CONVENTIONS = {                                 # label -> background in old, background in all
     "background excluded": (False, False),
@@ -197,10 +197,7 @@ def compare(runs, csv_path):
     print("|---" * (1 + len(columns)) + "|")
     for label, row in cells.items():
         print(f"| {label} | " + " | ".join("; ".join(row.get(c, ["-"])) for c in columns) + " |")
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    write_atomically(csv_path, lambda p: p.write_text(text.getvalue(), encoding="utf-8",
-                                                       errors="replace"))
+    write_csv(csv_path, lines)
 
 
 def print_fakes(scores):
@@ -238,7 +235,7 @@ def row_bands(H, numbers_a_row):
 def overlay(image, mask):
     """A PIL image with the colours of a mask's classes laid over it."""
     pixels, seen = v2.functional.pil_to_tensor(image), [k for k in mask.unique().tolist() if k]
-    colours = [tuple(data.palette()[k].tolist()) for k in seen]
+    colours = [tuple(palette()[k].tolist()) for k in seen]
     # a mask for each class, and some pictures in float32 that drawing makes on its way
     for rows in row_bands(image.height, image.width * (32 + len(seen))) if seen else ():
         masks = torch.stack([mask[rows] == k for k in seen])
@@ -281,8 +278,26 @@ def pictures_to_predict(paths, out):
     return found
 
 
-def predict_all(run, paths, out, device):
-    """A palette mask and an overlay of every picture, by the last network of a run.
+def save_legend(names, path):
+    """The classes' names beside their colours."""
+    picture = Image.new("RGB", (16 + 10 * max(map(len, names)), 20 * len(names) + 8), "white")
+    draw = ImageDraw.Draw(picture)
+    for k, name in enumerate(names):
+        draw.rectangle((6, 6 + 20 * k, 20, 20 + 20 * k), tuple(palette()[k].tolist()), "grey")
+        draw.text((28, 6 + 20 * k), name.encode("latin-1", "replace").decode("latin-1"), "black")
+    write_atomically(path, lambda p: picture.save(p, "PNG"))
+
+
+def write_csv(path, rows):
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(path, lambda p: p.write_text(text.getvalue(), encoding="utf-8",
+                                                  errors="replace"))
+
+
+def predict_all(run, paths, out, device, shares=False):
+    """A palette mask and an overlay of every picture, by the last network of a run; a legend; with
+    `shares`, shares.csv: of every picture the percentage of its pixels that each class has.
 
     A picture that cannot be read does not stop the others; False at the end.
     """
@@ -293,6 +308,8 @@ def predict_all(run, paths, out, device):
     model, about = load_model(run.checkpoint(max(steps)), device)
     paths, unreadable = pictures_to_predict(paths, out), []
     out.mkdir(parents=True, exist_ok=True)
+    save_legend(about["classes"], out / "legend.png")
+    rows = [["picture", *about["classes"]]]
     for path in paths:
         try:
             image = read_image(path)
@@ -301,11 +318,15 @@ def predict_all(run, paths, out, device):
             continue
         mask = predict(model, image, about["crop"])
         ids, laid_over = Image.fromarray(mask.numpy()), overlay(image, mask)
-        ids.putpalette(data.palette().tobytes())
+        ids.putpalette(palette().tobytes())
         write_atomically(out / f"{path.stem}-mask.png", lambda p: ids.save(p, "PNG"))
         write_atomically(out / f"{path.stem}-overlay.png", lambda p: laid_over.save(p, "PNG"))
-        names = [about["classes"][k] for k in mask.unique().tolist() if k]
+        counts = np.array(ids.histogram()[:len(about["classes"])])
+        rows.append([path, *(f"{v:.2f}" for v in 100 * counts / counts.sum())])
+        names = [about["classes"][k] for k in np.flatnonzero(counts) if k]
         print(f"{printable(str(path))}: {', '.join(names) or 'background only'}")
+    if shares:
+        write_csv(out / "shares.csv", rows)
     for sentence in unreadable:
         print(f"eval.py: {printable(sentence)}", file=sys.stderr)
     return not unreadable
@@ -376,6 +397,7 @@ def parse(argv=None):
     a("--judge", metavar="CHECKPOINT",
       help="--fakes: of another network, not used in their synthesis")
     a("--predict", nargs="+", metavar="PATH", help="segment these images and folders instead")
+    a("--csv", action="store_true", help="--predict: also shares.csv, the share of each class")
     a("--out", default="predictions", help="folder for --predict's PNGs")
     a("--data-root", help="where the data is now, if it was moved since the run")
     return parser.parse_args(argv)
@@ -392,6 +414,8 @@ def main(argv=None):
         raise InputError("name a run folder, or --compare several")
     if args.judge and args.fakes is None:
         raise InputError("--judge: judges --fakes; add --fakes and the step that was given them")
+    if args.csv and not args.predict:
+        raise InputError("--csv: of --predict; add the pictures")
     if args.predict and args.fakes is not None:
         raise InputError("--predict and --fakes: one at a time")
     run, world = Run(args.run), setup()
@@ -400,7 +424,7 @@ def main(argv=None):
     if args.predict:
         if not run.folder.is_dir():
             raise InputError(f"{run.folder}: no such folder")
-        if not predict_all(run, args.predict, Path(args.out), world.device):
+        if not predict_all(run, args.predict, Path(args.out), world.device, args.csv):
             sys.exit(1)
         return
     settings = read_json(

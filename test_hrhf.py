@@ -3358,6 +3358,16 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
                      f"{tmp_path}/odd.png", "--out", f"{tmp_path}/d"])
     for kind in ("mask", "overlay"):
         assert len(list((tmp_path / "d").glob(f"*-{kind}.png"))) == 33
+    legend = np.array(Image.open(tmp_path / "d/legend.png"))
+    assert [legend[12 + 20 * k, 12].tolist() for k in range(4)] == data.palette()[:4].tolist()
+    assert not (tmp_path / "d/shares.csv").exists()
+    evaluation.main([f"{finished}/run", "--predict", f"{tmp_path}/odd.png", "--csv", "--out",
+                     f"{tmp_path}/d"])
+    head, row = (tmp_path / "d/shares.csv").read_text().splitlines()
+    ids = np.array(Image.open(tmp_path / "d/odd-mask.png"))
+    assert head == "picture,background,cat,dog,cow"
+    assert row == f"{tmp_path}/odd.png," + ",".join(f"{100 * np.mean(ids == k):.2f}"
+                                                    for k in range(4))
     mask = Image.open(tmp_path / "d/odd-mask.png")
     assert mask.size == (50, 31) and mask.mode == "P" and np.asarray(mask).max() <= 3
     assert mask.getpalette()[:12] == data.palette()[:4].flatten().tolist()
@@ -3376,6 +3386,7 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
      "two pictures are called predictions"),
     (["{run}/fakes-step-1"], "settings.json: No such file"),
     (["nowhere", "--predict", "a.jpg"], "nowhere: no such folder"),
+    (["{run}", "--csv"], "--csv: of --predict"),
     (["--compare", "nowhere"], "--compare nowhere: no such folder"),
     (["{run}", "--judge", "other.pth"], "--judge: judges --fakes"),
     (["{run}", "--fakes", "1", "--predict", "a.jpg"], "--predict and --fakes: one at a time"),
