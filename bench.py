@@ -480,6 +480,10 @@ def plan(args, gpus, tflops):
             flops, nbytes = cost(work)          # the memory of a second run, with momentum there
             nbytes += sum(t.nbytes for t in tensors(there))
             rounds = math.ceil(batches / gpus) * iterations
+            if name.startswith("SegInversion"):             # a GPU makes its batches alone
+                whole = max(16, args.fake_batch)
+                rounds = (math.ceil(math.ceil(fakes / whole) / gpus)
+                          * math.ceil(min(fakes, whole) / args.fake_batch) * iterations)
             hours = rounds * flops / (tflops * 1e12) / 3600
             flops *= batches * iterations
             all_flops, all_hours = all_flops + flops, all_hours + hours

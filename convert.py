@@ -6,7 +6,7 @@ Masks as people have them, into the layout of `--dataset folder`. Originals stay
     python data.py convert instances.json --images photos/ --out my-images      # COCO's
 
 colours.txt holds a line `name red green blue` for each class, background first. Every fifth image,
-by name, goes into val.txt. What cannot be read, and every colour or name that is not known, is
+by name, tests (val.txt). What cannot be read, and every colour or name that is not known, is
 listed, and nothing is written then.
 """
 import json
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data import pictures
-from pictures import palette, read_image
+from data import pictures, read_lines
+from pictures import ENDINGS, palette, read_image
 from protocol import VOID
 from run import InputError, check_file, printable, write_atomically
 
@@ -40,11 +40,8 @@ def coloured_masks(folder, images, names):
 
 def read_colours(path):
     """A file of lines `name red green blue` -> (names, {(red, green, blue): id})."""
-    check_file(path)
     names, colours = [], {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(read_lines(Path(path)), 1):
         name, *rgb = line.replace(",", " ").rsplit(maxsplit=3)
         if len(rgb) != 3 or not all(v.isdecimal() and int(v) < 256 for v in rgb):
             raise InputError(f"{path}, line {number}: expected `name red green blue`, 0 to 255")
@@ -78,8 +75,8 @@ def labelme(folder):
     for path in files:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            shapes = [(shape["label"], shape.get("shape_type", "polygon"), shape["points"])
-                      for shape in record["shapes"]]
+            shapes = [(str(shape["label"]).strip(), shape.get("shape_type", "polygon"),
+                       shape["points"]) for shape in record["shapes"]]
             image = path.parent / record["imagePath"].replace("\\", "/")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not labelme's ({error!r})") from None
@@ -126,7 +123,7 @@ def coco(path, images):
     check_file(path)
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        categories = {c["id"]: c["name"] for c in record["categories"]}
+        categories = {c["id"]: str(c["name"]).strip() for c in record["categories"]}
         classes = ["background", *categories.values()]
         of_category = {k: 1 + i for i, k in enumerate(categories)}
         of_image = {}
@@ -200,13 +197,14 @@ def convert(source, out, images=None, names=None):
     else:
         raise InputError(f"{source}: expected a folder of coloured masks or of labelme's files, or "
                          "COCO's .json")
-    if not 2 <= len(classes) <= VOID or not pairs:
-        raise InputError(f"{source}: {len(pairs)} pictures and {len(classes)} classes, expected 2 "
-                         f"to {VOID}")
+    if not 2 <= len(classes) == len(set(classes) - {""}) <= VOID or len(pairs) < 2:
+        raise InputError(f"{source}: {len(pairs)} pictures of {len(classes)} classes, expected 2 "
+                         f"or more of 2 to {VOID} classes with names of their own")
     stems = [image.stem for image, _ in pairs]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise InputError(f"{source}: two pictures are called {twice}")
-    wrong = []
+    wrong = [f"{image}: its ending is none of {' '.join(ENDINGS)}" for image, _ in pairs
+             if image.suffix.lower() not in ENDINGS]
     for image, make in pairs:                               # all of them, before any is written
         try:
             size = read_image(image).size
@@ -225,7 +223,7 @@ def convert(source, out, images=None, names=None):
         shutil.copyfile(image, out / "JPEGImages" / image.name)
         write_atomically(out / "SegmentationClass" / f"{image.stem}.png",
                          lambda p: picture.save(p, "PNG"))
-    val = sorted(stems)[4::5]
+    val = sorted(stems)[1::5]
     lists = {"classes.txt": classes, "ImageSets/Segmentation/val.txt": val,
              "ImageSets/Segmentation/train.txt": [s for s in sorted(stems) if s not in set(val)]}
     for name, lines in lists.items():

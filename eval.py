@@ -118,7 +118,8 @@ def evaluate(model, view, world=World(), workers=0, amp=False, batch_size=8, rep
     for b, (images, targets) in enumerate(loader):
         images = images.to(device, non_blocking=True)
         targets = targets.to(device, non_blocking=True)
-        with autocast(device, amp), torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        with autocast(device, amp), torch.backends.cudnn.flags(
+                enabled=True, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32):
             logits = model(images)
         total += confusion_matrix(upsample(logits, targets).argmax(1), targets, n)
         if report:

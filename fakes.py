@@ -107,7 +107,7 @@ def synthesize(model, folder, num_images, *, sizes, batch_size=16, r="random", s
     most:    most foreground classes in one image
     classes: ids to show, if not all but the background; then
     earlier: paths of fakes of the other classes, whose BatchNorm statistics stand beside these
-    report:  called as report(dict) with the progress of this rank
+    report:  called as report(dict) with the progress of this rank, in its own batches
     options: part, steps, lr, tv, l2, bn, spectrum of invert()
     Returns the paths of the images, in order, on every rank.
     """
@@ -138,7 +138,8 @@ def synthesize(model, folder, num_images, *, sizes, batch_size=16, r="random", s
         write_atomically(part(b), lambda p: p.write_text(text))
         if report:
             seconds, left = time.monotonic() - began, len(batches[b + world.size::world.size])
-            report({"batch": b, "of": len(batches), **terms, "eta": seconds * left,
+            report({"batch": b // world.size, "of": b // world.size + 1 + left, **terms,
+                    "eta": seconds * left,
                     "images/s": world.size * len(asked[images]) / seconds})
     world.barrier()
     if world.rank == 0:

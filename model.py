@@ -280,9 +280,14 @@ def read_checkpoint(path, way_out):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({reason(error)})") from None
     except Exception as error:                              # of a wrong file torch raises anything
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise
+        short_memory(error)
         raise InputError(f"{path}: damaged, or no file of train.py; {way_out}") from None
+
+
+def short_memory(error):
+    """Raise an error that says nothing of the file again."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        raise error
 
 
 THIS_STEP_AGAIN = "remove it, its .json, those of later steps, and run the same command again"
@@ -315,7 +320,8 @@ def load_model(path, device="cpu", expected=None, way_out=THIS_STEP_AGAIN):
                 and isinstance(checkpoint["crop"], int) and 0 < checkpoint["crop"] <= 10 ** 4
                 and {"method", "objective"} <= checkpoint.keys()):
             raise ValueError
-    except Exception:
+    except Exception as error:
+        short_memory(error)
         raise InputError(f"{path}: damaged, or no file of train.py; {way_out}") from None
     if differing:
         raise InputError(f"{path}: its {differing[0]} differs from this command's; it is of "

@@ -175,9 +175,11 @@ class Records:
 
     def read_log(self):
         with contextlib.suppress(OSError):
-            for line in (self.run.folder / "log.jsonl").read_text().splitlines():
+            log = (self.run.folder / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+            for line in log.splitlines():
                 with contextlib.suppress(ValueError):       # a line that a kill cut
-                    yield json.loads(line)
+                    if isinstance(event := json.loads(line), dict):
+                        yield event
 
     def shares(self):
         """Of every class's pixels, the share that goes to each class; nan without pixels."""

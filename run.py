@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Ctrl-C while the imports below take their seconds, which plain_errors cannot see: no traceback.
-if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:
+if Path(sys.argv[0]).resolve() in [Path(__file__).resolve().with_name(f"{name}.py") for name in (
+        "train", "eval", "fakes", "data", "report", "bench", "reproduce")]:
     signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
 
 import numpy as np
@@ -130,6 +131,8 @@ def plain_errors(program):
             raise
         sentence = (known or [MEMORY])[0]
     ending.append(code)
+    if sys.stdout and sys.stdout.isatty():
+        print("\r\x1b[K", end="", flush=True)               # the live line
     print(f"{program}: {printable(sentence)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -353,8 +356,8 @@ def autocast(device, enabled):
 
 # ---------------------------------------------------------------------------------- the folder
 
-ANOTHER_FOLDER = ("Choose another --out (step-<t>.pth and step-<t>.json copied there are kept and "
-                  "built upon), or remove that folder")
+ANOTHER_FOLDER = ("Choose another --out (step-<t>.pth and step-<t>.json copied there, for "
+                  "--reuse-fakes also fakes-step-<t>, are built upon), or remove that folder")
 
 
 def lock(folder):
@@ -398,7 +401,7 @@ class LiveLine:
 
     def left(self, step, phase, share, eta):
         """Seconds left in the whole run, eta of them in this phase, of which a share is done."""
-        if share < 1:
+        if share < 1 and eta:
             self.speed[phase] = eta / (1 - share) / max(1, self.work[step, phase])
         now, speed = (step, PHASES.index(phase)), self.speed.get(phase, 0)
         return eta + sum(passes * self.speed.get(p, speed) for (s, p), passes in self.work.items()

@@ -197,8 +197,9 @@ def normalise_targets(targets):
 
 
 def stages(sizes, steps):
-    """Which step is made at which size, coarse to fine: the steps are shared out evenly."""
-    return [sizes[i * len(sizes) // steps] for i in range(steps)]
+    """Which step is made at which size, coarse to fine: the steps are shared out evenly, and the
+    last is always made."""
+    return [sizes[-1 - (steps - 1 - i) * len(sizes) // steps] for i in range(steps)]
 
 
 def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
@@ -237,7 +238,8 @@ def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
     targets, scales = targets.to(device).split(part), r.split(part)
     # deterministic: the same image every time on one machine
     with frozen(model), BatchNormMatching(model) as matching, \
-            torch.backends.cudnn.flags(enabled=True, deterministic=True):
+            torch.backends.cudnn.flags(enabled=True, deterministic=True,
+                                       allow_tf32=torch.backends.cudnn.allow_tf32):
         for (i, now), k in itertools.product(enumerate(stages(sizes, steps)), range(len(parts))):
             if now != size:
                 size, parts = now, [resized(x.detach(), now).clone() for x in parts]

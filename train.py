@@ -117,7 +117,7 @@ def parser():
     a("--num-fakes", type=int, help="per step, in whole batches; default: as many as it has real "
       "images, at most 1024")
     a("--fake-batch", type=int, default=16, help="in one pass of the network; lower it if memory "
-      "is short: fewer than 16 are still matched with the BatchNorm statistics of 16")
+      "is short: 16 are matched by their common BatchNorm statistics all the same")
     a("--fake-classes", type=int, default=3, help="most classes in one fake (Figure 3: 1 and 3)")
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-sizes", default="1", help="from coarse to fine, in pixels (128,256,512) or shares of "
@@ -182,11 +182,12 @@ def parse_sizes(text, crop):
     """--fake-sizes: growing sizes that end with --crop; shares of it are rounded to 16 pixels."""
     try:
         given = [Fraction(size) for size in text.split(",")]
-        sizes = [int(size) for size in given] if given[-1] > 1 else sorted(
+        sizes = given if given[-1] > 1 else sorted(
             {crop if share == 1 else max(16, 16 * round(share * crop / 16)) for share in given})
-        if min(given) <= 0 or sizes != sorted(set(sizes)) or sizes[0] < 16 or sizes[-1] != crop:
+        growing = given == sorted(given) and sizes == sorted(set(sizes))
+        if min(given) <= 0 or not growing or sizes[0] < 16 or sizes[-1] != crop:
             raise ValueError
-        return sizes
+        return [int(str(size)) for size in sizes]           # ValueError for 100.5
     except (ValueError, ZeroDivisionError):
         raise InputError(f"--fake-sizes {text}: expected growing sizes, from 16 on, which end with "
                          f"--crop, {crop}, or shares of it that end with 1: 1/2,1") from None
@@ -308,7 +309,8 @@ def open_task(args, world):
         train_labels, groups, args.setting, ade=args.dataset == "ade", split_dir=args.split_dir,
         joint=joint)
     empty = [step for step, indices in enumerate(images) if not indices]
-    if empty and (empty[0] == 0 or not args.max_iters):     # a smoke run may have few images
+    # a smoke run may have few images
+    if empty and (empty[0] == 0 or not args.max_iters or args.reuse_fakes):
         raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training "
                          f"images in {args.data_root}")
     return Task(train_set, test_set, train_labels, test_labels, groups,
@@ -382,7 +384,7 @@ def old_images(teacher, step, task, args, run, world):
     with run.timed("seginversion"):
         paths = synthesize(
             teacher, folder, number, part=args.fake_batch, r=args.r, seed=seed,
-            batch_size=max(16, args.fake_batch),
+            batch_size=math.ceil(number / math.ceil(number / max(16, args.fake_batch))),
             most=args.fake_classes, classes=classes, earlier=earlier, world=world, **options,
             report=lambda event: run.log(step=step, phase="seginversion", **event))
         if world.rank == 0:
@@ -424,8 +426,8 @@ def go_on(run, step, iterations, parts):
 
 
 class Progress:
-    """Log lines with the means of the named terms since the last; here alone the loop waits for the
-    device, and a loss that is not finite ends the run."""
+    """Log lines with the means of the named terms since the last; here alone (and in float16's
+    scaler) the loop waits for the device, and a loss that is not finite ends the run."""
 
     def __init__(self, run, step, start, iterations, batch_size, world):
         self.run, self.step, self.start, self.iterations = run, step, start, iterations
@@ -528,7 +530,16 @@ def score(step, task, args, run, world):
         run.write_record(step, task.network(step, args), confusion.tolist(), run.seconds)
         run.log(step=step, **summarize(confusion, task.groups)["background excluded"],
                 seconds=run.seconds)
+        write_report(run)
+
+
+def write_report(run):
+    """report.html; a run does not end because of what is odd in files that only the report reads.
+    """
+    try:
         report.write([run.folder], run.folder / "report.html")
+    except Exception as error:
+        print(f"note: {run.folder / 'report.html'} is not written: {error!r}", file=sys.stderr)
 
 
 def write_results(task, args, run, world):
@@ -553,6 +564,7 @@ def write_results(task, args, run, world):
     write_json(path, {"settings": vars(args), "flags": flags, "processes": world.size,
                       "device": str(world.device), "versions": versions, "final": final,
                       "steps": records})
+    write_report(run)
     print(f"\n{args.dataset} {args.task} {args.setting}, {args.method}, after step {last} "
           f"({path}):\n{table(final, vars(args), flags)}\n"
           f"See {run.folder / 'report.html'}")
