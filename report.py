@@ -308,8 +308,9 @@ def panels(r):
     rows = "".join('<p class="panels">' + " ".join(
         picture(image, what) for image, what in zip(row, ("image", "truth", "prediction"))) + "</p>"
         for row, in cut(path, 3, 1))
-    return (f"<p>{legend(r.classes, class_colours(len(r.classes)))}</p><p class=soft>Image, truth, "
-            f"prediction.</p>{rows}")
+    colours = class_colours(256)
+    key = legend([*r.classes, "void"], [*colours[:len(r.classes)], colours[255]])
+    return f"<p>{key}</p><p class=soft>Image, truth, prediction.</p>{rows}"
 
 
 def advice(r):
