@@ -414,8 +414,8 @@ def cost(work):
 
 
 def phases(args, classes, count, fakes, test_images, gpus, device="meta"):
-    """The phases of a step: name, images, batches, iterations of each; such an iteration
-    as a call, and what is there beside it.
+    """The phases of a step: name, images, passes of the network on all GPUs together and on the
+    busiest one; such a pass as a call, and what is there beside it.
 
     classes: outputs of every step so far; count, fakes: images of each kind
     """
@@ -423,21 +423,24 @@ def phases(args, classes, count, fakes, test_images, gpus, device="meta"):
     student, teacher = networks(args.backbone, classes, device)
     weights = [net.state_dict() for net in (student, teacher) if net]
     if fakes and args.fake == "seginversion":
-        options = train.inversion(args)
+        options, together = train.inversion(args), max(16, args.fake_batch)
         B, steps = min(args.fake_batch, fakes), stages(options["sizes"], options["steps"])
+        # a GPU makes whole batches of fakes, each in parts of B
+        busiest = math.ceil(fakes / together / gpus) * math.ceil(min(fakes, together) / B)
         for size in options["sizes"]:
             work = partial(invert, teacher, multi_hot([[]] * B, sum(classes[:-1])), 1.0,
                            **options | {"steps": 1, "sizes": [size]})
-            yield (f"SegInversion at {size}", fakes, fakes / B, steps.count(size), work,
-                   weights[1])
+            yield (f"SegInversion at {size}", fakes, fakes / B * steps.count(size),
+                   busiest * steps.count(size), work, weights[1])
     objective = METHODS[args.method].objective_of(student, teacher, args.lam)
     loss, local = objective.loss, args.batch_size // gpus
     iteration, kept = training_iteration(loss, student, local, args.crop, device)
-    yield "training", count, gpus, iterations, iteration, [weights, kept]
+    yield "training", count, gpus * iterations, iterations, iteration, [weights, kept]
     B = inspect.signature(evaluate).parameters["batch_size"].default
     x = torch.empty(B, 3, args.crop, args.crop, device=device)
     test = torch.inference_mode()(lambda: upsample(student.eval()(x), x).argmax(1))
-    yield "evaluation", test_images, math.ceil(test_images / B), 1, test, [weights[0], x]
+    batches = math.ceil(test_images / B)
+    yield "evaluation", test_images, batches, math.ceil(batches / gpus), test, [weights[0], x]
 
 
 def inversion_flops(args, classes, counts, steps):
@@ -445,11 +448,10 @@ def inversion_flops(args, classes, counts, steps):
     flops = 0
     for step, count in enumerate(counts):
         fakes = train.number_of_fakes(args, step, counts, steps)
-        for name, _, batches, iterations, work, _ in phases(args, classes[:step + 1], count, fakes,
-                                                            1, 1):
+        for name, _, passes, _, work, _ in phases(args, classes[:step + 1], count, fakes, 1, 1):
             if not name.startswith("SegInversion"):
                 break
-            flops += batches * iterations * flops_of(work)
+            flops += passes * flops_of(work)
     return flops
 
 
@@ -475,19 +477,14 @@ def plan(args, gpus, tflops):
     all_flops = all_hours = 0
     for step, count in enumerate(counts):
         fakes = train.number_of_fakes(args, step, counts, steps)
-        for name, images, batches, iterations, work, there in phases(
+        for name, images, passes, busiest, work, there in phases(
                 args, classes[:step + 1], count, fakes, test_images, gpus):
             flops, nbytes = cost(work)          # the memory of a second run, with momentum there
             nbytes += sum(t.nbytes for t in tensors(there))
-            rounds = math.ceil(batches / gpus) * iterations
-            if name.startswith("SegInversion"):             # a GPU makes its batches alone
-                whole = max(16, args.fake_batch)
-                rounds = (math.ceil(math.ceil(fakes / whole) / gpus)
-                          * math.ceil(min(fakes, whole) / args.fake_batch) * iterations)
-            hours = rounds * flops / (tflops * 1e12) / 3600
-            flops *= batches * iterations
+            hours = busiest * flops / (tflops * 1e12) / 3600
+            flops *= passes
             all_flops, all_hours = all_flops + flops, all_hours + hours
-            yield (f"| {step} | {name} | {images} | {rounds} | {flops / 1e15:.4g} "
+            yield (f"| {step} | {name} | {images} | {busiest} | {flops / 1e15:.4g} "
                    f"| {nbytes / 1e9:.3g} | {hours:.2f} |")
     yield f"| all | | | | {all_flops / 1e15:.4g} | | {all_hours:.2f} |\n"
     if theirs := inversion_flops(args, classes, counts, steps):
@@ -506,13 +503,12 @@ def on_gpu(command="--dataset voc --task 15-1 --pretrained none", gpus=4):
     """The phases of step 1 at the paper's size on this GPU, as one of `gpus`."""
     args, classes, counts = train.parse(command.split()), [16, 1], [0, 500]
     fakes = train.number_of_fakes(args, 1, counts, [range(15), range(1)])
-    if DEVICE == "cpu" and args.dataset != "shapes":
-        raise InputError("bench.py cuda: no GPU here")
     of = lambda device: phases(args, classes, counts[1], fakes, 1449, gpus, device)
     yield f"| **Step 1 of `{command}` on one of {gpus} GPUs** ({DEVICE}) | | | |"
     for (name, *_, work, there), (*_, planned, kept) in zip(of(DEVICE), of("meta")):
         flops, nbytes = cost(planned)
-        t = alternate({"float32": work, "bfloat16": partial(under, torch.bfloat16, work)})
+        half = torch.autocast(DEVICE, torch.bfloat16)(work)
+        t = alternate({"float32": work, "bfloat16": half})
         sustained = [flops / seconds / 1e12 for seconds in t["float32"]]
         yield row(f"{name}: TFLOP/s sustained in float32 (bench.py --plan --tflops)", sustained,
                   [1] * REPEATS)
@@ -531,15 +527,9 @@ def on_gpu(command="--dataset voc --task 15-1 --pretrained none", gpus=4):
     yield row("a training step without a teacher: torch.compile / plain", t[compiled], t[plain])
 
 
-def under(dtype, work):
-    with torch.autocast(DEVICE, dtype):
-        work()
-
-
 # ------------------------------------------------------------------------------------ the table
 
-SECTIONS = {f.__name__: f for f in (losses, inversion, equal_fakes, training, scale,
-                                      scan)}
+SECTIONS = {f.__name__: f for f in (losses, inversion, equal_fakes, training, scale, scan)}
 SECTIONS["cuda"] = lambda: itertools.chain(losses(), inversion(), equal_fakes(), training(),
                                            on_gpu())
 
@@ -563,8 +553,7 @@ def measure(sections):
 
 
 def parse(argv=None):
-    parser = Parser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--plan", action="store_true", help="the cost of a run of train.py, whose flags follow")
     a("--gpus", type=int, default=1, help="--plan: how many")
@@ -576,6 +565,8 @@ def parse(argv=None):
     if not args.plan and not set(rest) <= SECTIONS.keys():
         raise InputError(f"{' '.join(rest)}: expected some of {', '.join(SECTIONS)}, or --plan and "
                          "flags of train.py")
+    if "cuda" in rest and DEVICE == "cpu":
+        raise InputError("bench.py cuda: no GPU here")
     if args.gpus < 1 or not 0 < args.tflops < math.inf:
         raise InputError(f"--gpus {args.gpus} --tflops {args.tflops}: both must be above 0")
     return args

@@ -5,9 +5,9 @@ Masks as people have them, into the layout of `--dataset folder`. Originals stay
     python data.py convert annotations/ --out my-images      # labelme: a JSON beside each image
     python data.py convert instances.json --images photos/ --out my-images      # COCO's
 
-colours.txt holds a line `name red green blue` for each class, background first. Every fifth image,
-by name, tests (val.txt). What cannot be read, and every colour or name that is not known, is
-listed, and nothing is written then.
+colours.txt holds a line `name red green blue` for each class, background first; `void` is 255.
+Every fifth image, by name, tests (val.txt). What cannot be read, and every colour that is not
+known, is listed, and nothing is written then.
 """
 import json
 import shutil

@@ -42,21 +42,28 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 
 # ------------------------------------------------------------------------------- the data sets
 
-def scan_file(image_path, mask_path, num_classes):
-    """[class ids in one mask, digest of both files], after checking that they belong together.
+def count_pair(image_path, mask_path, num_classes):
+    """The size (W, H) and the pixels of each id 0 .. 255 of an image and its mask.
 
-    Both are decoded: a damaged picture is found here, not days later.
+    Both are decoded: a damaged picture, or one of another size, is found here, not days later.
     """
     mask, size = read_mask(mask_path, num_classes, verify=True), image_size(image_path)
     if size != mask.size:
         raise InputError(f"{mask_path}: the mask is {mask.size[0]} x {mask.size[1]} pixels, "
                          f"but its image {image_path} is {size[0]} x {size[1]}")
-    ids = [i for i, count in enumerate(mask.histogram()) if count]
-    unknown = [i for i in ids if num_classes < i < VOID]
+    counts = mask.histogram()
+    unknown = [i for i, count in enumerate(counts) if count and num_classes < i < VOID]
     if unknown:
         raise InputError(f"{mask_path}: mask id {unknown[0]} is outside the classes 0 to "
                          f"{num_classes} (and 255)")
-    return [ids, sha256(Path(image_path).read_bytes() + Path(mask_path).read_bytes())]
+    return size, counts
+
+
+def scan_file(image_path, mask_path, num_classes):
+    """[class ids in one mask, digest of both files], after checking that they belong together."""
+    _, counts = count_pair(image_path, mask_path, num_classes)
+    return [[i for i, count in enumerate(counts) if count],
+            sha256(Path(image_path).read_bytes() + Path(mask_path).read_bytes())]
 
 
 class Files:
@@ -460,13 +467,13 @@ def check(args):
         areas = [[] for _ in range(C)]
         for image, mask in zip(dataset.images, dataset.masks):
             try:
-                scan_file(image, mask, C - 1)
-                size, counts = image_size(image), np.array(read_mask(mask, C - 1).histogram()[:C])
+                size, counts = count_pair(image, mask, C - 1)
             except InputError as error:
                 path, _, what = str(error).partition(": ")
                 wrong.setdefault(re.sub(r"\d+", "#", what.replace(str(image), "its image")),
                                  []).append((path, what))
                 continue
+            counts = np.array(counts[:C])
             images, pixels = images + (counts > 0), pixels + counts
             small += min(size) < args.crop
             for k in np.flatnonzero(counts):

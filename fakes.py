@@ -193,9 +193,9 @@ def statistics_beside(model, earlier, sizes, num_batches):
     batches each is to be matched with all of them, and counts for all new ones then."""
     if not earlier:
         return None
-    images = torch.cat([normalised(read_pixels(path)[None]) for path in earlier])
-    images = images.to(next(model.parameters()).device)
-    of_size = {size: statistics_of(model, images, size) for size in sizes}
+    pixels, device = torch.stack(list(map(read_pixels, earlier))), next(model.parameters()).device
+    parts = lambda: (normalised(x).to(device) for x in pixels.split(16))
+    of_size = {size: statistics_of(model, parts(), size) for size in sizes}
     return {size: (number / num_batches, s) for size, (number, s) in of_size.items()}
 
 

@@ -117,7 +117,8 @@ class MeasureAndNormalise(torch.autograd.Function):
         a = dd * 2/n * (v - running_var) / || v - running_var ||
         b = dd * 1/n * (m - running_mean) / || m - running_mean || - a * m
 
-    With others this is d's gradient by all images over by x, as d stands beside means over x alone.
+    With others, dx holds d's gradient times (all images / B): d stands beside losses that are means
+    over the B images of x, and weighs as it does beside a mean over all.
     Returns y (B, C, H, W), d, a scalar, and mean and variance of x (2, C), which have no gradient.
     """
 

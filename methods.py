@@ -143,9 +143,13 @@ class Importance:
     """sum_i omega_i * (theta_i - theta_old_i)^2 over the old network's parameters.
 
     A new object for every step: `teacher` is the old network, `state` the state_dict of its step's
-    object (both None at step 0, where omega is empty). update(model) is called after the backward
-    of the task's loss alone and before the optimiser's step. Under DDP gradients are averaged by
-    then, so every rank gathers the same.
+    object (both None at step 0, where omega is empty). A kind of it has two methods of its own:
+
+    begin(now, state)   start gathering at parameters `now` {name: tensor}; set omega from the step
+                        before's state, if there is one
+    update(model)       gather from an iteration: the model's parameters and their gradients, after
+                        the backward of the task's loss alone and before the optimiser's step.
+                        Under DDP gradients are averaged by then: every rank gathers the same
     """
 
     def __init__(self, model, teacher=None, state=None):
@@ -154,15 +158,6 @@ class Importance:
         self.device = next(iter(self.theta_old.values())).device
         self.omega = {}
         self.begin(parameters(model), state and on_device(state, self.device))
-
-    def begin(self, now, state):
-        """Start gathering at parameters `now` {name: tensor}; set omega from the step before's
-        state, if there is one."""
-        raise NotImplementedError
-
-    def update(self, model):
-        """Gather from an iteration: model's parameters and their gradients of the task's loss."""
-        raise NotImplementedError
 
     def penalty(self, model):
         """Unweighted; a scalar with gradient to the model's parameters."""

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+import eval
 from data import palette
-from eval import iou, paper_results, summarize
 from fakes import FOUND, read_lines
 
 HEADLINE = "background excluded"
@@ -29,10 +29,10 @@ MOST_CLASSES, THUMBNAIL = 30, 112                   # of the confusion matrix; p
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b", "#dc2626", "#0891b2")
 CSS = """
 :root { --ink: #1c1e21; --soft: #667; --paper: #fff; --card: #f4f5f7; --line: #d9dce1;
-        --low: #fff; --high: #1d4ed8 }
+        --high: #1d4ed8 }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e8eb; --soft: #9aa3ad; --paper: #14171a; --card: #1d2126; --line: #343a41;
-          --low: #14171a; --high: #7aa2ff } }
+          --high: #7aa2ff } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
        max-width: 1080px; margin: 0 auto; padding: 1.5rem 1rem 4rem }
 h1 { font-size: 1.5rem; margin: 0 0 .5rem } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem }
@@ -171,7 +171,7 @@ class Records:
         self.classes, sizes = (records[-1]["of"][0][key] for key in ("classes", "classes_per_step"))
         ends = np.cumsum(sizes).tolist()
         self.groups = [self.classes[a:b] for a, b in zip([1, *ends], ends)]
-        self.scores = [summarize(confusion, self.groups) for confusion in self.confusions]
+        self.scores = [eval.summarize(confusion, self.groups) for confusion in self.confusions]
 
     def read_log(self):
         with contextlib.suppress(OSError):
@@ -187,7 +187,7 @@ class Records:
         return (counts / counts.sum(1, keepdim=True)).numpy()
 
     def iou_over_steps(self):
-        of_step = [iou(confusion).tolist() for confusion in self.confusions]
+        of_step = [eval.iou(confusion).tolist() for confusion in self.confusions]
         return {name: [values[k] if k < len(values) else None for values in of_step]
                 for k, name in enumerate(self.classes)}
 
@@ -218,13 +218,10 @@ def what_was_run(r):
 
 
 def scores(r):
-    rows = [[text(name), *(percent(of[k]) for k in ("old", "new", "all"))]
-            for name, of in r.scores[-1].items()]
-    s = r.settings
-    paper = paper_results().get((s["dataset"], s["task"], s["setting"]), {})
-    if (theirs := paper.get(s["method"])) and r.launch.get("flags") == "":
-        rows.append([f"paper, {text(s['method'])}", *(f"{v:.1f}" for v in theirs)])
-    return table([f"mIoU (%) after step {len(r.scores) - 1}", "old", "new", "all"], rows)
+    """eval.py's table, with the paper's row if the run is one."""
+    lines = eval.table(r.scores[-1], r.settings, r.launch.get("flags", "unknown")).splitlines()
+    head, _, *rows = ([text(cell) for cell in line[2:-2].split(" | ")] for line in lines)
+    return table(head, rows)
 
 
 def over_the_steps(runs):

@@ -505,8 +505,9 @@ def report(records):
 
 INTRODUCTION = """# Results of the study
 
-Written by `python reproduce.py` from `study.jsonl`, a line a run; do not edit. What else was tried
-is in `trials.md`.
+Written by `python reproduce.py` from `study.jsonl`, a line a run; do not edit. Its commands are
+spelled with today's flags, which may differ from those of their commits. What else was tried is in
+`trials.md`.
 
 mIoU in percent, background excluded, mean ± standard deviation over n seeds. "Step 0" is the
 network that the rows of a column start from, on its own classes; PI, EWC, RW and LwF-MC train their
@@ -576,8 +577,7 @@ def check_voc6(args):
 # ------------------------------------------------------------------------------------ commands
 
 def parse(argv=None):
-    parser = Parser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
     a("--only", default="", metavar="TEXT", help="runs and figures with this in their names")
     a("--list", action="store_true", help="print their names and commands, run nothing")

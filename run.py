@@ -64,7 +64,7 @@ RESOURCES = {                           # in what PyTorch says -> what to do
     "Too many open files": FEW}
 
 
-OWNER = os.getpid()
+OWNER = os.getpid()                     # a loader inherits the handlers below until it is set up
 
 
 def stop(number, frame):

@@ -177,11 +177,11 @@ def resized(x, size):
 
 
 @torch.no_grad()
-def statistics_of(model, images, size, part=16):
-    """Of images (B, 3, H, W) at that size: their number, and mean and variance of every BatchNorm
-    layer's input, (2, all channels)."""
+def statistics_of(model, parts, size):
+    """Of images at that size, in parts (B, 3, H, W): their number, and mean and variance of every
+    BatchNorm layer's input, (2, all channels)."""
     with frozen(model), BatchNormMatching(model) as matching:
-        for k, x in enumerate(images.split(part)):
+        for k, x in enumerate(parts):
             matching.part(k, len(x))
             model(resized(x, size))
             matching.loss()

@@ -143,16 +143,10 @@ LIMITS = {"batch_size": (2, 10 ** 6),
           "spectrum": (0, 4), "seed": (0, 2 ** 63 - 1)}     # spectrum: photographs are near 1
 
 
-def parser_of(dataset):
-    p = parser()
-    p.set_defaults(**DATASET_DEFAULTS[dataset])
-    return p
-
-
 def parse(argv=None):
-    first = Parser(add_help=False, allow_abbrev=False)
+    p, first = parser(), Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=list(DATASET_DEFAULTS), default="shapes")
-    p = parser_of(first.parse_known_args(argv)[0].dataset)
+    p.set_defaults(**DATASET_DEFAULTS[first.parse_known_args(argv)[0].dataset])
     args = p.parse_args(argv)
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
@@ -195,10 +189,11 @@ def parse_sizes(text, crop):
 
 def off_default(args):
     """The flags by which a run is not the row of the paper's tables that it is named after."""
-    usual = parse(["--dataset", args.dataset, "--task", args.task, "--method", args.method])
+    row = ["--dataset", args.dataset, "--task", args.task, "--method", args.method]
+    usual = parse(row)
+    usual.fake_sizes = parse([*row, "--crop", str(args.crop)]).fake_sizes
     if args.pretrained != "none":                           # a file may hold the paper's weights
         usual.pretrained = args.pretrained
-    usual.fake_sizes = parse_sizes(parser_of(args.dataset).get_default("fake_sizes"), args.crop)
     harmless = "setting data_root out step0 seed workers amp".split()
     off = {name: value for name, value in vars(args).items()
            if name not in harmless and value != getattr(usual, name)}
@@ -530,7 +525,8 @@ def score(step, task, args, run, world):
         run.write_record(step, task.network(step, args), confusion.tolist(), run.seconds)
         run.log(step=step, **summarize(confusion, task.groups)["background excluded"],
                 seconds=run.seconds)
-        write_report(run)
+        if step < len(task.steps) - 1:                      # the last one comes with results.json
+            write_report(run)
 
 
 def write_report(run):
