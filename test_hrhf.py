@@ -1953,6 +1953,12 @@ def test_check_says_all_that_is_wrong_at_once_and_what_every_step_would_see(tmp_
     data.main([*flags, "--crop", "64"])
     out = capsys.readouterr().out
     assert "warning: 24 of 24 training images are smaller than --crop 64" in out
+    small = np.zeros((40, 36), np.uint8)
+    small[:10, :10] = 1                                     # 100 pixels; 44 at --crop 24
+    for i in range(0, 24, 3):
+        Image.fromarray(small).save(root / f"SegmentationClass/train{i}.png")
+    data.main([*flags, "--crop", "24"])
+    assert "cat has fewer than 64 pixels in half of its images" in capsys.readouterr().out
     for i in (1, 4, 7):
         Image.new("L", (36, 40), 9).save(root / f"SegmentationClass/train{i}.png")
     (root / "JPEGImages/train2.jpg").write_bytes(b"x")
@@ -2331,6 +2337,8 @@ def test_reused_fakes_are_made_once_per_class_and_matched_together_with_the_earl
         expected = seginversion.statistics_of(teacher, [images], size)
         assert number == expected[0] == 8
         torch.testing.assert_close(statistics, expected[1])
+    # one of two new batches is matched with half of the weight of the earlier ones
+    assert fakes.statistics_beside(teacher, step_1, [16], 2)[16][0] == 4
     (tmp_path / "run/fakes-step-1/00000.png").write_bytes(b"")
     (tmp_path / "run/step-2.pth").unlink()
     (tmp_path / "run/step-2.json").unlink()
@@ -2352,7 +2360,7 @@ def test_sixteen_fakes_are_inverted_together_in_passes_of_a_batch(
 
 
 @pytest.mark.parametrize("fakes_of_step_1, sizes, expected", [
-    (64, (15, 1, 1), [0, 64, 5]), (300, (10, 5, 5), [0, 300, 150]), (8, (1, 1, 1), [0, 8, 8])])
+    (64, (15, 1, 1), [0, 64, 5]), (300, (10, 5, 2), [0, 300, 150]), (8, (1, 1, 1), [0, 8, 8])])
 def test_reused_fakes_are_as_many_a_class_as_in_the_first_step(fakes_of_step_1, sizes, expected):
     args = train.parse(["--num-fakes", str(fakes_of_step_1), "--fake-batch", "4", "--reuse-fakes"])
     steps = [[0] * n for n in sizes]
@@ -3670,6 +3678,16 @@ def plan(command, gpus=1, tflops=1e-6):
 
 PLANNED = ("--dataset voc --task 15-1 --data-root nowhere --backbone tiny --crop 64 "
            "--batch-size 24 --epochs 3 --fake-steps 7 --num-fakes 48 --fake-batch 16")
+
+
+def test_the_plan_sums_seginversion_and_a_gpu_makes_whole_batches_of_fakes():
+    args = train.parse("--crop 32 --num-fakes 40 --fake-batch 4 --fake-steps 10".split())
+    lines = "\n".join(bench.plan(args, 2, 1e-6)).splitlines()
+    rows = [line.split("|") for line in lines if "SegInversion at" in line]
+    # three batches of 16, 16 and 8: two on the busiest, in four parts each
+    assert [int(row[4]) for row in rows] == [2 * 4 * 10] * 5
+    said = next(line for line in lines if line.startswith("SegInversion:"))
+    assert float(said.split()[1]) == pytest.approx(sum(float(row[5]) for row in rows), rel=2e-3)
 
 
 def test_the_phases_are_measured_with_their_plan(monkeypatch):
