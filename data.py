@@ -126,13 +126,16 @@ class Files:
 
     def scan(self):
         found, shown = [], time.monotonic()
+        start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")     # see run.LiveLine
         scan = lambda image, mask: scan_file(image, mask, len(self.classes) - 1)
         with ThreadPoolExecutor(cpus()) as pool:            # decoding lets go of the GIL
             for one in pool.map(scan, self.images, self.masks):
                 found.append(one)
                 if time.monotonic() - shown > 2:
                     shown = time.monotonic()
-                    print(f"scanning: {len(found)} of {len(self)}", file=sys.stderr)
+                    print(f"{start}scanning: {len(found)} of {len(self)}", end=end,
+                          file=sys.stderr, flush=True)
+        print(start, end="", file=sys.stderr, flush=True)
         return found
 
 
@@ -499,25 +502,23 @@ def check(args):
                             f"{args.crop}: it may vanish; raise --crop")
     if small:
         warnings.append(f"{small} of {len(sets[0])} training images are smaller than --crop "
-                        f"{args.crop} and are enlarged")
+                        f"{args.crop} and are enlarged: lower it, or --small")
     print("\n" + "\n".join(f"warning: {printable(w)}" for w in warnings) if warnings
           else "\nnothing to warn of")
 
 
 def describe_steps(task, args, train):
     """Print what each step sees; what will disappoint, as sentences."""
-    warnings, counts = [], [*map(len, task.images)]
+    few, counts, enough = [], [*map(len, task.images)], train.SMALL["min_iters"]
     print(f"\n| step of {args.task} | classes | images | iterations | fakes |\n{'|---' * 5}|")
     for step, count in enumerate(counts):
-        each, iterations = train.step_length(args, step, count)
+        _, iterations = train.step_length(args, step, count)
         names = ", ".join(task.train_set.classes[c] for c in task.steps[step])
+        few += [str(step)] * (iterations < enough)
         print(f"| {step} | {names} | {count} | {iterations} "
               f"| {train.number_of_fakes(args, step, counts, task.steps)} |")
-        if iterations < 300:
-            flag = "--epochs0" if step == 0 else "--epochs"
-            warnings.append(f"step {step} has {iterations} iterations, under 300 few classes are "
-                            f"learned: {flag} {-(-300 // each)}")
-    return warnings
+    return [f"step {', '.join(few)}: under {enough} iterations few classes are learned: --min-iters "
+            f"{enough}, or --small"] * bool(few)
 
 
 def parse(argv=None):

@@ -25,6 +25,7 @@ from data import palette
 from fakes import FOUND, read_lines
 
 HEADLINE = "background excluded"
+ENOUGH = 300                   # iterations of a step; in fewer, few classes are learned
 MOST_CLASSES, THUMBNAIL = 30, 112                   # of the confusion matrix; pixels
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b", "#dc2626", "#0891b2")
 CSS = """
@@ -320,8 +321,8 @@ def advice(r):
             k = r.classes.index(name)
             values = [v for v in of_class[name] if v is not None]
             if pixels[k] > 0 and values and max(values) < 0.02:
-                why = (f"step {step} had {iterations[step]} iterations: raise --epochs, or --lr"
-                       if iterations.get(step, 300) < 300 else
+                why = (f"step {step} had {iterations[step]} iterations: --min-iters {ENOUGH}"
+                       if iterations.get(step, ENOUGH) < ENOUGH else
                        f"it has {100 * pixels[k]:.1f} % of the test pixels: more images of it, a "
                        "larger --crop, or a higher --lr")
                 found.append(f"{name} was never learned; {why}.")

@@ -1946,8 +1946,11 @@ def test_check_says_all_that_is_wrong_at_once_and_what_every_step_would_see(tmp_
     share = 100 * sum((m == 1).sum() for m in masks) / sum((m < 4).sum() for m in masks)
     assert f"| cat | 8 | {share:.2f} | 2 |" in out
     assert "| 0 | cat | 8 | 60 | 0 |" in out and "| 1 | dog | 8 | 120 | 16 |" in out
-    assert "warning: step 0 has 60 iterations, under 300 few classes are learned: --epochs0 150" \
+    assert "warning: step 0, 1, 2: under 300 iterations few classes are learned: --min-iters 300" \
         in out and "enlarged" not in out
+    data.main([*flags, "--min-iters", "300"])
+    out = capsys.readouterr().out
+    assert "| 0 | cat | 8 | 300 | 0 |" in out and "few classes are learned" not in out
     Image.new("L", (36, 40), 2).save(root / "SegmentationClass/val0.png")       # the only cats
     Image.new("L", (36, 40), 2).save(root / "SegmentationClass/val3.png")
     data.main([*flags, "--crop", "64"])
@@ -2722,6 +2725,31 @@ def test_batch_parts_and_the_paper_scale_defaults():
         assert train.batch_parts(args, 1) == parts
     args.fake = "none"
     assert train.batch_parts(args, 1) == (24, 0)
+
+
+def test_small_is_defaults_that_a_flag_beats_and_a_step_has_at_least_min_iters():
+    args = train.parse("--dataset folder --task 4-1 --small --crop 128".split())
+    assert (args.backbone, args.batch_size, args.crop, args.fake_steps) == ("mobilenet_v2", 16, 128,
+                                                                            190)
+    assert args == train.parse(["--dataset", "folder", "--task", "4-1", "--crop", "128", *(
+        f"--{name.replace('_', '-')}={value}" for name, value in train.SMALL.items()
+        if name != "crop")])
+    assert train.parse(["--small"]).backbone == "tiny"      # shapes are small already
+    # 30 epochs: of 20 real images a batch of 16 in step 0, of 8 in step 1
+    assert [train.step_length(args, step, 20) for step in (0, 1)] == [(1, 300), (2, 300)]
+    assert train.step_length(args, 0, 160) == (10, 300) and train.step_length(args, 0, 176) == (11,
+                                                                                                330)
+
+
+def test_the_scan_is_one_line_that_stays_on_a_terminal(tmp_path, monkeypatch, capsys):
+    dataset, clock = data.load("folder", make_folder(tmp_path, 3, 1), "train"), iter(range(0, 99, 3))
+    monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
+    dataset.scan()
+    assert capsys.readouterr().err.splitlines() == [f"scanning: {n} of 3" for n in (1, 2, 3)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    dataset.scan()
+    assert capsys.readouterr().err == "".join(
+        f"\r\x1b[Kscanning: {n} of 3" for n in (1, 2, 3)) + "\r\x1b[K"
 
 
 def test_the_command_line_runs_a_whole_task_with_two_processes(finished, tmp_path):

@@ -56,6 +56,10 @@ DATASET_DEFAULTS = {
         "fake_steps": 100, "spectrum": 1.0, "tv": 2.0, "bn": 3.0},
 }
 
+# --small: a few hundred pictures on a CPU or one GPU, minutes a step
+SMALL = {"backbone": "mobilenet_v2", "crop": 96, "batch_size": 16, "min_iters": report.ENOUGH, "lr0": 0.02,
+         "lr": 0.003, "num_fakes": 64, "fake_classes": 1}
+
 
 # --------------------------------------------------------------------------------------- flags
 
@@ -87,6 +91,8 @@ def parser():
     a("--step0", metavar="CHECKPOINT",
       help="another run's step-0.pth to build upon: methods and ablations share it")
     a("--seed", type=int, default=42, help="of weights, crops, fakes and orders")
+    a("--small", action="store_true", help="defaults for a few hundred pictures on a CPU or one "
+      "GPU: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items()))
     a("--workers", type=int, help="loader processes per rank; more if the log's data_wait is not 0")
     a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision; default: on CUDA")
     a("--max-iters", type=int, help="smoke run: caps the iterations of each step and inversion")
@@ -99,6 +105,8 @@ def parser():
     a("--batch-size", type=int, default=24, help="over all GPUs together, whatever their number")
     a("--epochs", type=int, default=30, help="per step; an epoch is one pass over the real images")
     a("--epochs0", type=int, help="step 0, if it needs another number")
+    a("--min-iters", type=int, default=1, help="iterations that each step has at least: a small "
+      "set's epochs are short")
     a("--lr0", type=float, default=1e-2, help="learning rate of step 0")
     a("--lr", type=float, default=1e-3, help="of later steps; lower it if old classes collapse")
 
@@ -136,7 +144,7 @@ def parser():
 
 LIMITS = {"batch_size": (2, 10 ** 6),
           **dict.fromkeys("epochs epochs0 fake_batch fake_classes fake_steps num_fakes "
-                          "max_iters".split(), (1, 10 ** 6)),
+                          "max_iters min_iters".split(), (1, 10 ** 6)),
           **dict.fromkeys("lam tv bn".split(), (0, 1e12)), "crop": (16, 10 ** 4),
           **dict.fromkeys("lr lr0".split(), (1e-12, 1e30)), "fake_lr": (1e-12, 1e12),
           "workers": (0, 1000),
@@ -146,8 +154,11 @@ LIMITS = {"batch_size": (2, 10 ** 6),
 def parse(argv=None):
     p, first = parser(), Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=list(DATASET_DEFAULTS), default="shapes")
-    p.set_defaults(**DATASET_DEFAULTS[first.parse_known_args(argv)[0].dataset])
+    first.add_argument("--small", action="store_true")
+    known = first.parse_known_args(argv)[0]
+    p.set_defaults(**(SMALL if known.small else {}) | DATASET_DEFAULTS[known.dataset])
     args = p.parse_args(argv)
+    del args.small                              # the flags that it stands for say what a run is
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
     if empty := next((name for name, value in vars(args).items() if value == ""), None):
@@ -230,7 +241,7 @@ def check_batch_size(args, processes):
 def step_length(args, step, num_images):
     """Iterations of an epoch and of the whole step."""
     per_epoch = max(1, num_images // batch_parts(args, step)[0])
-    iterations = (args.epochs0 if step == 0 else args.epochs) * per_epoch
+    iterations = max((args.epochs0 if step == 0 else args.epochs) * per_epoch, args.min_iters)
     return per_epoch, min(iterations, args.max_iters or iterations)
 
 
