@@ -537,7 +537,7 @@ def parse(argv=None):
     args, rest = parser.parse_known_args(argv)
     if args.command == "check":
         import train                                        # which imports this module
-        args.train = train.parse(["--dataset", "folder", *rest])
+        args.train = train.parse(["--dataset", "folder", "--task", "offline", *rest])
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
