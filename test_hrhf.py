@@ -2741,6 +2741,23 @@ def test_small_is_defaults_that_a_flag_beats_and_a_step_has_at_least_min_iters()
                                                                                                 330)
 
 
+def test_a_step_of_short_epochs_is_saved_thirty_times_and_goes_on_from_there(
+        finished, tmp_path, monkeypatch):
+    saved, write = [], run_module.write_atomically
+    monkeypatch.setattr(train, "write_atomically", lambda path, do: (saved.append(path.name),
+                                                                     write(path, do)))
+    flags = "--task 1-2 --method ft --epochs 1 --min-iters 90"      # epochs of 2 and 4 iterations
+    train_on(finished, tmp_path / "a", flags)
+    assert saved == ["last.pth"] * (30 + 23)
+    stop_at(monkeypatch, {("ft", 11)}, ("METHODS", "ft"))
+    with pytest.raises(KeyboardInterrupt):
+        train_on(finished, tmp_path / "b", flags)
+    monkeypatch.undo()
+    train_on(finished, tmp_path / "b", flags)
+    assert [line["resumed_at"] for line in read_log(tmp_path / "b") if "resumed_at" in line] == [9]
+    assert same_weights(tmp_path / "a/step-1.pth", tmp_path / "b/step-1.pth")
+
+
 def test_the_scan_is_one_line_that_stays_on_a_terminal(tmp_path, monkeypatch, capsys):
     dataset, clock = data.load("folder", make_folder(tmp_path, 3, 1), "train"), iter(range(0, 99, 3))
     monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))

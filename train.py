@@ -410,7 +410,7 @@ def distributed(student, world):
 
 
 def go_on(run, step, iterations, parts):
-    """Load an interrupted step's last whole epoch into `parts`; the iterations it had done."""
+    """Load what an interrupted step saved last into `parts`; the iterations it had done."""
     if not run.last.exists():
         return 0
     way_out = f"remove it, and step {step} starts over"
@@ -472,7 +472,7 @@ class Progress:
 
 
 def train_step(student, objective, view, step, args, run, world):
-    """Train one step, from the last whole epoch on if there is one."""
+    """Train one step, from what it saved last on. It saves each epoch, but not every few iterations."""
     device, (real, fake) = world.device, batch_parts(args, step)
     per_epoch, iterations = step_length(args, step, len(view.indices))
     optimizer = torch.optim.SGD(student.parameters(), lr=args.lr0 if step == 0 else args.lr,
@@ -492,6 +492,7 @@ def train_step(student, objective, view, step, args, run, world):
             len(view.indices), len(view.fakes), real, fake, iterations,
             derive_seed(args.seed, step, 0), start, world.rank, world.size))
     progress = Progress(run, step, start, iterations, args.batch_size, world)
+    every = max(per_epoch, min(20, iterations // 30))       # a small set's epochs are seconds
     for iteration, (images, labels) in enumerate(progress.batches(loader), start + 1):
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
@@ -505,11 +506,11 @@ def train_step(student, objective, view, step, args, run, world):
         scaler.update()
         scheduler.step()
         progress.add(terms)
-        epoch_ends = iteration % per_epoch == 0 or iteration == iterations
-        if iteration % 20 == 0 or epoch_ends:
+        saved = iteration % every == 0 or iteration == iterations
+        if iteration % 20 == 0 or saved:
             progress.log(iteration, scheduler.get_last_lr()[0])
             run.seconds["training"] = before + time.monotonic() - progress.began
-        if epoch_ends and world.rank == 0:
+        if saved and world.rank == 0:
             state = {"step": step, "iteration": iteration, "seconds": run.seconds,
                      "settings": run.settings,
                      **{name: part.state_dict() for name, part in parts.items()}}
