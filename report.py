@@ -116,7 +116,7 @@ def chart(series, x_label, y_label, width=520, height=210):
                      f'points="{path}"/>')
         parts += ['<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>' % (*at(x, y), colour)
                   for x, y in line if y is not None and y == y and len(line) < 20]
-    parts.append(f'<text class=soft x="{(left + width) / 2}" y="{bottom + 14}" '
+    parts.append(f'<text class=soft x="{(left + width) / 2}" y="{bottom + 28}" '
                  f'text-anchor="middle">{text(x_label)}</text>' * (len(points) > 1))
     drawing = (f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
                f'aria-label="{text(y_label)} over {text(x_label)}">{"".join(parts)}</svg>')
