@@ -19,9 +19,10 @@ import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (InputError, Parser, World, check_file, cpus, derive_seed, plain_errors, printable,
+from run import (InputError, Parser, check_file, cpus, derive_seed, plain_errors, printable,
                  sha256, write_atomically)
 
 import numpy as np
@@ -59,11 +60,22 @@ def count_pair(image_path, mask_path, num_classes):
     return size, counts
 
 
-def scan_file(image_path, mask_path, num_classes):
-    """[class ids in one mask, digest of both files], after checking that they belong together."""
-    _, counts = count_pair(image_path, mask_path, num_classes)
-    return [[i for i, count in enumerate(counts) if count],
-            sha256(Path(image_path).read_bytes() + Path(mask_path).read_bytes())]
+class Pair(NamedTuple):
+    """What a scan knows of an image and its mask."""
+    size: tuple                 # W, H
+    counts: np.ndarray          # (256,) pixels of each id
+    digest: str                 # of both files
+
+
+def scan_pair(image_path, mask_path, num_classes):
+    size, counts = count_pair(image_path, mask_path, num_classes)
+    return Pair(size, np.array(counts),
+                sha256(Path(image_path).read_bytes() + Path(mask_path).read_bytes()))
+
+
+def refuse(error):
+    """What is done with something odd in a data set, unless all of it is to be told."""
+    raise error
 
 
 class Files:
@@ -90,20 +102,24 @@ class Files:
         makes a new scan.
         """
         key, found = self.key(), self.cached()
-        if found.get("key") != key:
-            found = {"key": key, "scan": self.scan()}
-            text = json.dumps({**found, "sha256": sha256(json.dumps(found["scan"]))})
-            try:
-                write_atomically(self.cache, lambda p: p.write_text(text))
-            except InputError:
-                print(f"note: {self.cache.parent} is not writable, the scan of its masks is not "
-                      "kept", file=sys.stderr)
-        labels, digests = zip(*found["scan"])
+        known = found["scan"] if found.get("key") == key else self.keep(key, self.scan())
+        labels, digests = zip(*known)
         if VOID in set().union(*labels) and not any(0 < c < VOID for ids in labels for c in ids):
             raise InputError(f"{self.masks[0]}: all masks hold 0 and 255 alone, and 255 is void "
                              "here; write the id of a class, 1 and up, where it is")
         self.digest = sha256(json.dumps([[p.stem for p in self.images], digests]))
         return list(labels)
+
+    def keep(self, key, pairs):
+        """Write what labels() needs of a scan into the cache: [[class ids, digest] of a pair]."""
+        known = [[np.flatnonzero(pair.counts).tolist(), pair.digest] for pair in pairs]
+        text = json.dumps({"key": key, "scan": known, "sha256": sha256(json.dumps(known))})
+        try:
+            write_atomically(self.cache, lambda p: p.write_text(text))
+        except InputError:
+            print(f"note: {self.cache.parent} is not writable, the scan of its masks is not kept",
+                  file=sys.stderr)
+        return known
 
     def cached(self):
         """The last scan, {} if there is none or it is damaged."""
@@ -124,13 +140,18 @@ class Files:
             stats.append((str(path), s.st_size, s.st_mtime_ns, s.st_ctime_ns))
         return sha256(json.dumps([stats, len(self.classes)]))
 
-    def scan(self):
+    def scan(self, odd=refuse):
+        """The Pair of every image, None where odd(error) did not raise."""
+        def scan(image, mask):
+            try:
+                return scan_pair(image, mask, len(self.classes) - 1)
+            except InputError as error:
+                return odd(error)
         found, shown = [], time.monotonic()
         start, end = ("\r\x1b[K", "") if sys.stderr.isatty() else ("", "\n")     # see run.LiveLine
-        scan = lambda image, mask: scan_file(image, mask, len(self.classes) - 1)
         with ThreadPoolExecutor(cpus()) as pool:            # decoding lets go of the GIL
-            for one in pool.map(scan, self.images, self.masks):
-                found.append(one)
+            for pair in pool.map(scan, self.images, self.masks):
+                found.append(pair)
                 if time.monotonic() - shown > 2:
                     shown = time.monotonic()
                     print(f"{start}scanning: {len(found)} of {len(self)}", end=end,
@@ -139,7 +160,7 @@ class Files:
         return found
 
 
-def voc_layout(root, classes, list_name, mask_folder):
+def voc_layout(root, classes, list_name, mask_folder, odd=refuse):
     """VOC's folders. A list has a name a line, or MiB's two columns of paths below the root,
     "/JPEGImages/x.jpg /SegmentationClassAug/x.png", apart by blanks or a tab."""
     path = root / "ImageSets" / "Segmentation" / f"{list_name}.txt"
@@ -149,8 +170,12 @@ def voc_layout(root, classes, list_name, mask_folder):
     if all(len(c) == 2 and all("/" in p for p in c) for c in two_columns):
         pairs = [tuple(below(root, name, path) for name in columns) for columns in two_columns]
     else:
-        folders = pictures(root / "JPEGImages"), pictures(root / mask_folder)
-        pairs = [tuple(picture_called(line, folder, path) for folder in folders) for line in lines]
+        folders = pictures(root / "JPEGImages", odd), pictures(root / mask_folder, odd)
+        pairs = [tuple(picture_called(line, folder, path, odd) for folder in folders)
+                 for line in lines]
+    pairs = [pair for pair in pairs if None not in pair]
+    if not pairs:
+        raise InputError(f"{path}: none of its pictures is there with its mask")
     if repeated := len(pairs) - len(set(pairs)):
         print(f"note: {path}: {repeated} lines are repeated; each is kept once", file=sys.stderr)
     images, masks = zip(*dict.fromkeys(pairs))
@@ -164,7 +189,7 @@ def below(root, column, listing):
     return root / column.lstrip("/")
 
 
-def pictures(folder):
+def pictures(folder, odd=refuse):
     """{name without ending: path} of the pictures in a folder; hidden files are passed over."""
     try:
         paths = sorted(folder.iterdir())
@@ -175,20 +200,20 @@ def pictures(folder):
         if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
             name = unicodedata.normalize("NFC", path.stem)
             if name in found:
-                raise InputError(f"{folder}: {found[name].name} and {path.name} are both there; "
-                                 "which one is meant? Remove the other")
+                odd(InputError(f"{folder}: {found[name].name} and {path.name} are both there; "
+                               "which one is meant? Remove the other"))
             found[name] = path
     return found
 
 
-def picture_called(line, folder, listing):
+def picture_called(line, folder, listing, odd=refuse):
     """The picture of a list's line, which may have an ending; `folder` is of pictures()."""
     name = unicodedata.normalize("NFC", line)
     stem = name.rpartition(".")[0] if name.lower().endswith(ENDINGS) else name
     if name in folder or stem in folder:
         return folder.get(name) or folder[stem]
     where = next(iter(folder.values())).parent if folder else "an empty folder"
-    raise InputError(f"{listing}: {printable(line)} is listed, but no picture in {where}")
+    odd(InputError(f"{printable(line)}: is in {listing}, but no picture in {where}"))
 
 
 def read_lines(path):
@@ -206,10 +231,11 @@ def read_lines(path):
     return lines
 
 
-def load(name, root, split):
+def load(name, root, split, odd=refuse):
     """The data set `name` at --data-root, split "train" or "val".
 
-    Raises InputError if it is not there.
+    Raises InputError if it is not there. odd(error) is told of a listed picture that is not, which
+    is left out if that does not raise.
     """
     root = Path(root)
     if name not in ("shapes", "voc", "ade", "folder"):
@@ -222,7 +248,7 @@ def load(name, root, split):
     if name == "voc":
         lists = {"train": ("train_aug", "SegmentationClassAug"),
                  "val": ("val", "SegmentationClass")}
-        return voc_layout(root / "VOCdevkit" / "VOC2012", VOC_CLASSES, *lists[split])
+        return voc_layout(root / "VOCdevkit" / "VOC2012", VOC_CLASSES, *lists[split], odd)
     if name == "folder":
         classes = [printable(name) for name in read_lines(root / "classes.txt")]
         names = {"background", *classes[1:]} - {""}         # what results call them
@@ -230,7 +256,7 @@ def load(name, root, split):
             raise InputError(
                 f"{root / 'classes.txt'}: expected 2 to {VOID} different names, background first, "
                 f"got {len(classes)} lines with {len(names)} names")
-        return voc_layout(root, classes, split, "SegmentationClass")
+        return voc_layout(root, classes, split, "SegmentationClass", odd)
     return ade(root / "ADEChallengeData2016", {"train": "training", "val": "validation"}[split])
 
 
@@ -453,73 +479,7 @@ def prepare_ade(root):
     print(f"{len(load('ade', root, 'train'))} training images (expected 20210) in {root}")
 
 
-# --------------------------------------------------------------------------- your own pictures
-
-def check(args):
-    """Everything that is wrong with a data set, and what each step of a task would see of it.
-
-    args: of train.py. Raises InputError at the end if a picture, a mask or a list is wrong.
-    """
-    import train                                            # which imports this module
-    if args.dataset == "shapes":
-        raise InputError("--dataset shapes: is drawn, there is nothing to check")
-    sets = [load(args.dataset, args.data_root, split) for split in ("train", "val")]
-    C, wrong, seen = len(sets[0].classes), {}, []
-    for dataset in sets:
-        images, pixels, small = np.zeros(C, int), np.zeros(C, int), 0
-        areas = [[] for _ in range(C)]
-        for image, mask in zip(dataset.images, dataset.masks):
-            try:
-                size, counts = count_pair(image, mask, C - 1)
-            except InputError as error:
-                path, _, what = str(error).partition(": ")
-                wrong.setdefault(re.sub(r"\d+", "#", what.replace(str(image), "its image")),
-                                 []).append((path, what))
-                continue
-            counts = np.array(counts[:C])
-            images, pixels = images + (counts > 0), pixels + counts
-            small += min(size) < args.crop
-            for k in np.flatnonzero(counts):
-                areas[k].append(counts[k] * (args.crop / min(size)) ** 2)
-        seen.append((images, pixels, areas, small))
-    for problem in wrong.values():
-        paths = ", ".join(printable(path) for path, _ in problem[:3])
-        print(f"{len(problem)} x {printable(problem[0][1])}: {paths}"
-              + ", ..." * (len(problem) > 3))
-    (images, pixels, areas, small), (val_images, val_pixels, *_) = seen
-    print(f"\n| class | training images | pixels (%) | test images | pixels (%) |\n{'|---' * 5}|")
-    share = lambda counts, k: f"{100 * counts[k] / max(1, counts.sum()):.2f}"
-    for k, name in enumerate(sets[0].classes):
-        print(f"| {name} | {images[k]} | {share(pixels, k)} | {val_images[k]} "
-              f"| {share(val_pixels, k)} |")
-    if wrong:
-        raise InputError(f"{sum(map(len, wrong.values()))} files are wrong, see above")
-    task = train.open_task(args, World())
-    warnings = describe_steps(task, args, train)
-    for k, name in enumerate(sets[0].classes[1:], 1):
-        if areas[k] and np.median(areas[k]) < 64:
-            warnings.append(f"{name} has fewer than 64 pixels in half of its images at --crop "
-                            f"{args.crop}: it may vanish; raise --crop")
-    if small:
-        warnings.append(f"{small} of {len(sets[0])} training images are smaller than --crop "
-                        f"{args.crop} and are enlarged: lower it, or --small")
-    print("\n" + "\n".join(f"warning: {printable(w)}" for w in warnings) if warnings
-          else "\nnothing to warn of")
-
-
-def describe_steps(task, args, train):
-    """Print what each step sees; what will disappoint, as sentences."""
-    few, counts, enough = [], [*map(len, task.images)], train.SMALL["min_iters"]
-    print(f"\n| step of {args.task} | classes | images | iterations | fakes |\n{'|---' * 5}|")
-    for step, count in enumerate(counts):
-        _, iterations = train.step_length(args, step, count)
-        names = ", ".join(task.train_set.classes[c] for c in task.steps[step])
-        few += [str(step)] * (iterations < enough)
-        print(f"| {step} | {names} | {count} | {iterations} "
-              f"| {train.number_of_fakes(args, step, counts, task.steps)} |")
-    return [f"step {', '.join(few)}: under {enough} iterations few classes are learned: --min-iters "
-            f"{enough}, or --small"] * bool(few)
-
+# ------------------------------------------------------------------------------------ commands
 
 def parse(argv=None):
     """The command's flags; of `check`, those of train.py."""
@@ -528,24 +488,26 @@ def parse(argv=None):
     for name in ("voc", "ade"):
         commands.add_parser(name, help="download it").add_argument(
             "--data-root", default="data", help="where to put it; the same for train.py")
-    commands.add_parser("check", add_help=False, help="read all of a data set; train.py's flags")
-    a = commands.add_parser("convert", help="masks as people have them").add_argument
+    commands.add_parser("check", add_help=False, help="what is wrong, what a run would see")
+    convert = commands.add_parser("convert", help="masks as people have them: see convert.py")
+    a = convert.add_argument
     a("source", help="folder of coloured masks or labelme's files, or COCO's .json")
     a("--out", required=True, help="new folder in the layout of --dataset folder")
-    a("--images", help="folder of the photographs, if not beside labelme's files")
+    a("--images", help="folder of the photographs; of labelme's, if they are not beside the files")
     a("--names", help="coloured masks: a file of lines `name red green blue`, background first")
     args, rest = parser.parse_known_args(argv)
     if args.command == "check":
-        import train                                        # which imports this module
-        args.train = train.parse(["--dataset", "folder", "--task", "offline", *rest])
+        import check                                        # which imports this module
+        args.train = check.parse(rest)
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        convert.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 
 def main(argv=None):
     args = parse(argv)
     if args.command == "check":
+        from check import check                             # which imports this module
         return check(args.train)
     if args.command == "convert":
         from convert import convert                         # which imports this module

@@ -310,6 +310,8 @@ def predict_all(run, paths, out, device, shares=False):
     paths, unreadable = pictures_to_predict(paths, out), []
     out.mkdir(parents=True, exist_ok=True)
     save_legend(about["classes"], out / "legend.png")
+    write_csv(out / "legend.csv", [["id", "name", "red", "green", "blue"], *(
+        [k, name, *palette()[k].tolist()] for k, name in enumerate(about["classes"]))])
     rows = [["picture", *about["classes"]]]
     for path in paths:
         try:

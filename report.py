@@ -26,7 +26,7 @@ from fakes import FOUND, read_lines
 
 HEADLINE = "background excluded"
 ENOUGH = 300                   # iterations of a step; in fewer, few classes are learned
-MOST_CLASSES, THUMBNAIL = 30, 112                   # of the confusion matrix; pixels
+MOST_CLASSES, MOST_FAKES, THUMBNAIL = 30, 64, 112    # of the confusion matrix; of a page; pixels
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#64748b", "#dc2626", "#0891b2")
 CSS = """
 :root { --ink: #1c1e21; --soft: #667; --paper: #fff; --card: #f4f5f7; --line: #d9dce1;
@@ -69,10 +69,11 @@ def table(head, rows):
     return f"<div class=scroll><table>{line(head, 'th')}{body}</table></div>"
 
 
-def picture(image, alt):
-    """A PIL picture inside the page, no larger than it is shown on a sharp screen."""
-    image.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
-    buffer, flat = io.BytesIO(), len(image.getcolors(256) or ()) > 0        # a map of classes
+def picture(image, alt, flat=False):
+    """A PIL picture inside the page, no larger than it is shown on a sharp screen. flat: a map of
+    classes, whose colours stay as they are"""
+    filters, buffer = Image.Resampling, io.BytesIO()
+    image.thumbnail((2 * THUMBNAIL,) * 2, filters.NEAREST if flat else filters.BICUBIC)
     image.save(buffer, "PNG") if flat else image.save(buffer, "JPEG", quality=85)
     kind = "png" if flat else "jpeg"
     coded = base64.b64encode(buffer.getvalue()).decode()
@@ -259,7 +260,7 @@ def confusions(r, most=8):
 def losses(r):
     of_step = {}
     for line in r.log:
-        if "iteration" in line and "loss" in line:
+        if {"step", "iteration", "loss"} <= line.keys():
             ours = ("step", "iteration", "of", "lr", "data_wait", "eta", "images/s")
             for name, value in line.items():
                 if name not in ours and value is not None:
@@ -281,20 +282,20 @@ def cut(path, columns, pairs):
     return [rows[k:k + pairs] for k in range(0, len(rows), pairs)]
 
 
-def fakes(r, step):
+def fakes(r, step, most):
     path, made = r.run.fakes(step).with_suffix(".png"), r.fakes(step)
     if not (made and path.is_file()):
         return ""
-    shown, cards = set(), []
+    hues, cards = set(), []
     cells = [pair for images, maps in cut(path, 8, 2) for pair in zip(images, maps)]
-    for (image, segmented), (names, scales, found) in zip(cells, made):
+    for (image, segmented), (names, scales, found) in zip(cells[:most], made):
         asked = [f"{text(name)} {100 * share:.0f} %, r {scale}" for name, scale, share in
                  zip(names[1:], scales[1:], found[1:])]
-        shown |= set(names)
-        cards.append(f"<figure>{picture(image, 'a fake')}{picture(segmented, 'its map')}"
+        hues |= {"#%02x%02x%02x" % rgb for _, rgb in segmented.getcolors(1 << 20)}
+        cards.append(f"<figure>{picture(image, 'a fake')}{picture(segmented, 'its map', flat=True)}"
                      f"<figcaption>{'<br>'.join(asked)}</figcaption></figure>")
     colours = dict(zip(r.classes, class_colours(len(r.classes))))
-    known = [name for name in r.classes if name in shown]
+    known = [name for name, colour in colours.items() if colour in hues]
     return (f"<h3>Step {step}: {len(made)} fakes</h3><p>{legend(known, map(colours.get, known))}"
             f"</p><div class=fakes>{''.join(cards)}</div>")
 
@@ -304,7 +305,8 @@ def panels(r):
     if not path.is_file():
         return ""
     rows = "".join('<p class="panels">' + " ".join(
-        picture(image, what) for image, what in zip(row, ("image", "truth", "prediction"))) + "</p>"
+        picture(image, what, flat=what != "image")
+        for image, what in zip(row, ("image", "truth", "prediction"))) + "</p>"
         for row, in cut(path, 3, 1))
     colours = class_colours(256)
     key = legend([*r.classes, "void"], [*colours[:len(r.classes)], colours[255]])
@@ -313,45 +315,60 @@ def panels(r):
 
 def advice(r):
     """What a reader should look at, in words, with the flag that helps."""
-    found, of_class, shares = [], r.iou_over_steps(), r.shares()
+    found, of_class, shares = {}, r.iou_over_steps(), r.shares()
+    say = lambda what, name: found.setdefault(what, []).append(name)
     pixels = (r.confusions[-1].sum(1) / r.confusions[-1].sum()).tolist()
-    iterations = {line["step"]: line["of"] for line in r.log if "iteration" in line}
+    iterations = {line["step"]: line["of"] for line in r.log
+                  if {"iteration", "step", "of"} <= line.keys()}
+    keeps = ", ".join(["lower --lr"] + ["raise --num-fakes"] * (r.settings.get("fake") != "none")
+                      + ["raise --lam"] * bool(r.settings.get("lam")))
     for step, names in enumerate(r.groups):
+        made = iterations.get(step, ENOUGH)
+        longer = ("raise --lr or --epochs" if step else "raise --lr0 or --epochs0") \
+            if made >= ENOUGH else f"step {step} had {made} iterations" + (
+                ", capped by --max-iters" if r.settings.get("max_iters")
+                else f": --min-iters {ENOUGH}")
         for name in names:
             k = r.classes.index(name)
-            values = [v for v in of_class[name] if v is not None]
-            if pixels[k] > 0 and values and max(values) < 0.02:
-                why = (f"step {step} had {iterations[step]} iterations: --min-iters {ENOUGH}"
-                       if iterations.get(step, ENOUGH) < ENOUGH else
-                       f"it has {100 * pixels[k]:.1f} % of the test pixels: more images of it, a "
-                       "larger --crop, or a higher --lr")
-                found.append(f"{name} was never learned; {why}.")
-            elif values and max(values) >= 0.1 and values[-1] < 0.2 * max(values):
+            values = [v for v in of_class[name] if v is not None and v == v]
+            if not pixels[k]:
+                say("{} has no pixel in the test images, so no score", name)
+            elif not values:
+                continue
+            elif max(values) < 0.1:
+                degree = "never" if max(values) < 0.02 else "hardly"
+                say(f"{{}} was {degree} learned; {longer}; more images or a larger --crop help",
+                    f"{name} (IoU {percent(max(values))}, {100 * pixels[k]:.1f} % of the pixels)")
+            elif values[-1] < max(values) / 2:
                 drops = [a - b for a, b in zip(values, values[1:])]
-                lost = step + 1 + int(np.argmax(drops))
-                found.append(f"{name} was forgotten: IoU {percent(max(values))} at its best, "
-                             f"{percent(values[-1])} now, lost in step {lost}; lower --lr, raise "
-                             "--num-fakes, or raise --lam.")
-    for step in range(1, len(r.scores)):
-        unseen = {}
-        for names, _, shares_found in r.fakes(step):
+                say(f"{{}} was forgotten, most in step {step + 1 + int(np.argmax(drops))}; {keeps}",
+                    f"{name} (IoU {percent(max(values))}, then {percent(values[-1])})")
+            if shares[k, 0] > 0.6:
+                say(f"{{}}: over 60 % of the pixels are taken for the background; {longer}", name)
+    first, last = r.scores[0][HEADLINE]["all"], r.scores[-1][HEADLINE]["old"]
+    if len(r.scores) > 1 and last < 0.75 * first:
+        say(f"{{}} had {percent(first)} % and have {percent(last)} %; {keeps}", "The old classes")
+    made = [(step, r.fakes(step)) for step in range(1, len(r.scores))]
+    for step, of_step in made:
+        missed = {}
+        for names, _, shares_found in of_step:
             for name, share in zip(names[1:], shares_found[1:]):
-                unseen.setdefault(name, []).append(share <= FOUND)
-        bad = [name for name, missed in unseen.items() if sum(missed) > len(missed) / 2]
-        if bad:
-            found.append(f"Most fakes of step {step} that were asked for {', '.join(bad)} do not "
-                         "show it; raise --fake-steps, or lower --bn.")
-    background = [r.classes[k] for k in range(1, len(shares)) if shares[k, 0] > 0.6]
-    if background:
-        found.append(f"Over 60 % of the pixels of {', '.join(background)} are taken for the "
-                     "background; raise --epochs or --lr.")
-    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in found or [
-        "Nothing stands out: every class was learned and kept, and the fakes show their classes."
+                missed.setdefault(name, []).append(share <= FOUND)
+        for name in (name for name, of_name in missed.items() if sum(of_name) > len(of_name) / 2):
+            say(f"{{}}: most fakes of step {step} that were asked for it do not show it; raise "
+                "--fake-steps, or lower --bn", name)
+    lines = [what.format(", ".join(names)) + "." for what, names in found.items()]
+    return "<ul>" + "".join(f"<li>{text(line)}</li>" for line in lines or [
+        "Nothing stands out: no class stayed under 10 % or lost half of its IoU"
+        + ", and most fakes show their classes" * any(of_step for _, of_step in made) + "."
     ]) + "</ul>"
 
 
-def sections(r):
-    made = "".join(fakes(r, step) for step in range(1, len(r.scores)))
+def sections(r, of=1):
+    """of: how many runs are on the page"""
+    steps = range(1, len(r.scores))
+    made = "".join(fakes(r, step, max(1, min(16, MOST_FAKES // (of * len(steps)))))
+                   for step in steps)
     parts = [("What was run", what_was_run(r)), ("Scores", scores(r)),
              ("Over the steps", over_the_steps([r])), ("IoU of every class (%)", every_class(r)),
              ("Confusions of the last step", confusions(r)), ("Losses", losses(r)),
@@ -369,7 +386,7 @@ def page(runs):
         body = (table([f"mIoU (%), {HEADLINE}", "old", "new", "all"], rows)
                 + over_the_steps(runs))
     for k, r in enumerate(runs):
-        body += f"<article id={k}><h1>{text(r.name)}</h1>{sections(r)}</article>"
+        body += f"<article id={k}><h1>{text(r.name)}</h1>{sections(r, len(runs))}</article>"
     title = ", ".join(text(r.name) for r in runs)
     return (f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
             f'content="width=device-width"><title>{title}</title><style>{CSS}</style>'

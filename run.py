@@ -131,8 +131,9 @@ def plain_errors(program):
             raise
         sentence = (known or [MEMORY])[0]
     ending.append(code)
-    if sys.stdout and sys.stdout.isatty():
-        print("\r\x1b[K", end="", flush=True)               # the live line
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        if stream.isatty():
+            print("\r\x1b[K", end="", file=stream, flush=True)              # the live line
     print(f"{program}: {printable(sentence)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -408,13 +409,16 @@ class LiveLine:
                          if (s, PHASES.index(p)) > now)
 
     def text(self, width, step, of, eta, phase="training", batch=None, iteration=0, **event):
-        done, steps = iteration if batch is None else batch + 1, 1 + max(s for s, _ in self.work)
+        done, last = iteration if batch is None else batch + 1, max(s for s, _ in self.work)
         loss = event.get("loss", event.get("cls"))
         left = self.left(step, phase, done / of, eta)
-        parts = [f"step {step + 1}/{steps} {phase} {'#' * (10 * done // of):-<10} {done}/{of}",
+        parts = [f"step {step} of 0-{last} {phase} {'#' * (10 * done // of):-<10} {done}/{of}",
                  f"{clock(eta)} left, {clock(left)} in all"]
         parts += [f"loss {loss:.3g}"] if loss is not None else []
-        return "  ".join([*parts, f"{event['images/s']:.3g} images/s"])[:width - 1]
+        parts += [f"{event['images/s']:.3g} images/s"]
+        while len(parts) > 1 and len("  ".join(parts)) >= width:        # no number is cut
+            parts.pop()
+        return "  ".join(parts)[:width - 1]
 
 
 class Run:

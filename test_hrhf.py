@@ -4,11 +4,13 @@ pytest            # every formula against an independent oracle, then the whole 
 No downloads. Sizes are tiny; the code under test is the code that runs at full size. Tests marked
 `cuda` are skipped where there is no GPU; all others run on the CPU, wherever they run.
 """
+import base64
 import contextlib
 import copy
 import hashlib
 import html
 import inspect
+import io
 import json
 import math
 import os
@@ -1452,7 +1454,7 @@ def test_a_folder_in_voc_layout_is_read_scanned_and_cached(tmp_path, monkeypatch
     assert train_set.labels() == [[0, c, 255] for c in (1, 2, 3, 1, 2, 3)]
     # a second look does not open a single mask
     with monkeypatch.context() as m:
-        m.setattr(data, "scan_file", None)
+        m.setattr(data, "scan_pair", None)
         assert data.load("folder", root, "train").labels() == train_set.labels()
     mask = np.full((40, 36), 3, np.uint8)
     Image.fromarray(mask).save(root / "SegmentationClass/train0.png", compress_level=0)
@@ -1585,7 +1587,7 @@ def break_image_half(root):
 
 def break_missing_image(root):
     (root / "JPEGImages/train3.jpg").unlink()
-    return r"train.txt: train3 is listed, but no picture in .*JPEGImages"
+    return r"train3: is in .*train.txt, but no picture in .*JPEGImages"
 
 
 def break_list(root):
@@ -1758,7 +1760,7 @@ def test_names_with_blanks_and_in_another_unicode_form_are_found(tmp_path):
     (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("/a/../../b.jpg /c/d.png"),
      r"train.txt: /a/../../b.jpg leads out of"),
     (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("train0\nno\x1b[31msuch"),
-     r"train.txt: no\[31msuch is listed, but no picture"),
+     r"no\[31msuch: is in .*train.txt, but no picture"),
     (lambda root: [Image.new("L", (36, 40), 255).save(p)
                    for p in (root / "SegmentationClass").iterdir()],
      "all masks hold 0 and 255 alone, and 255 is void"),
@@ -1962,12 +1964,31 @@ def test_check_says_all_that_is_wrong_at_once_and_what_every_step_would_see(tmp_
         Image.fromarray(small).save(root / f"SegmentationClass/train{i}.png")
     data.main([*flags, "--crop", "24"])
     assert "cat has fewer than 64 pixels in half of its images" in capsys.readouterr().out
+    (root / "classes.txt").write_text("background\ncat\ndog\ncow\nbear\nhen\n")
+    Image.new("L", (36, 40), 4).save(root / "SegmentationClass/val0.png")
+    Image.new("L", (36, 40)).save(root / "SegmentationClass/train0.png")
+    with open(root / "ImageSets/Segmentation/val.txt", "a") as listing:
+        listing.write("train1\ntrain2\n")
+    data.main(["check", "--data-root", str(root), *"--task 2-1 --crop 32 --max-iters 2".split()])
+    out = capsys.readouterr().out
+    assert "warning: bear is in no training image" in out and "bear is in no test" not in out
+    assert "hen is in no training image" in out and "hen is in no test image: it has no" in out
+    assert "2 images are in both lists" in out and "1 training images are in no step" in out
+    assert "few classes are learned" not in out             # --max-iters asked for it
     for i in (1, 4, 7):
         Image.new("L", (36, 40), 9).save(root / f"SegmentationClass/train{i}.png")
     (root / "JPEGImages/train2.jpg").write_bytes(b"x")
-    with pytest.raises(InputError, match="4 files are wrong, see above"):
+    (root / "SegmentationClass/train5.png").unlink()
+    (root / "JPEGImages/val1.jpg").unlink()
+    (root / "SegmentationClass/train8.png").write_bytes(b"x")
+    (root / "SegmentationClass/train11.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="8 things are wrong, see above"):
         data.main(flags)
     out = capsys.readouterr().out
+    assert re.search(r"1 x is in .*train.txt, but no picture in .*SegmentationClass: train5", out)
+    assert re.search(r"1 x is in .*val.txt, but no picture in .*JPEGImages: val1\n", out)
+    assert re.search(r"2 x not a readable mask .*train11.png, .*train8.png", out)
+    assert "| cat |" in out
     assert re.search(r"3 x mask id 9 is outside the classes 0 to 3 .*train1.png, .*train7.png", out)
     assert re.search(r"1 x not a readable image .*train2.jpg", out)
 
@@ -1992,12 +2013,20 @@ def test_masks_in_colours_become_ids_and_an_unknown_colour_is_listed(tmp_path, c
         for i in range(len(dataset)):
             expected = np.where(ids[dataset.images[i].stem] == 3, 255, ids[dataset.images[i].stem])
             assert np.array_equal(np.array(dataset.read(i)[1]), expected)
-    with pytest.raises(InputError, match="out: is not empty"):
+    with pytest.raises(InputError, match="out: is there and not empty"):
         data.main([*command, f"{tmp_path}/out"])
-    names.write_text("background 0 0 0\nboar 10 20 30\nvoid 9 9 9\n")
-    with pytest.raises(InputError, match=r"6 of 6 pictures .*0.png: 1 unknown colours: "
-                                         r"\(200, 0, 1\) in \d+ pixels"):
+    names.write_text("background 0 0 0\nboar 10 20 30\n")
+    Image.new("RGB", (5, 6)).save(tmp_path / "photos/alone.jpg")
+    Image.new("RGBA", (5, 6)).save(tmp_path / "masks/0.png")
+    Image.new("RGB", (6, 5)).save(tmp_path / "masks/1.png")
+    capsys.readouterr()
+    with pytest.raises(InputError, match="11 things cannot be converted, see above; nothing is"):
         data.main([*command, f"{tmp_path}/new"])
+    out = capsys.readouterr().out
+    assert re.search(r"4 x the colour \(200, 0, 1\) is unknown: .*/2.png, .*, \.\.\.\n", out)
+    assert "4 x the colour (9, 9, 9) is unknown" in out and "1 x the mask is transparent" in out
+    assert f"1 x is a picture in {tmp_path}/photos alone: alone" in out
+    assert "1 x its annotation is for a picture of another size" in out and "1.jpg" in out
     assert not (tmp_path / "new").exists()
     for text, sentence in (("a 1 2\n", "line 1: expected"), ("a 1 2 3\nb 1 2 3", "line 2: b")):
         names.write_text(text)
@@ -2019,10 +2048,13 @@ def test_labelmes_polygons_become_ids_by_name(tmp_path):
         ids = np.array(pictures.read_mask(tmp_path / f"out/SegmentationClass/{name}.png"))
         assert ids.shape == (10, 20) and (ids[1:6, 2:10] == k + 1).all()
         assert (ids[:4, 12:16] == 255).all() and (ids > 0).sum() == 5 * 8 + 4 * 4
-    record["shapes"][0]["shape_type"] = "linestrip"
-    (tmp_path / "b.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="b.json: shapes of kind linestrip have no area"):
-        convert.convert(tmp_path, tmp_path / "new")
+    (tmp_path / "files/deep").mkdir(parents=True)           # away from the photographs
+    for k, name in enumerate("ab"):
+        (tmp_path / f"{name}.json").rename(tmp_path / "files" / ("deep" * k) / f"{name}.json")
+    convert.convert(tmp_path / "files", tmp_path / "again", images=tmp_path)
+    for name in "ab":
+        path = f"SegmentationClass/{name}.png"
+        assert (tmp_path / "again" / path).read_bytes() == (tmp_path / "out" / path).read_bytes()
 
 
 def test_cocos_polygons_and_both_kinds_of_run_lengths_become_ids(tmp_path):
@@ -2043,14 +2075,66 @@ def test_cocos_polygons_and_both_kinds_of_run_lengths_become_ids(tmp_path):
     convert.convert(tmp_path / "c.json", tmp_path / "out", images=tmp_path)
     ids = np.array(pictures.read_mask(tmp_path / "out/SegmentationClass/a.png"))
     assert np.array_equal(ids, np.where(mask, 2, 1))        # the small one lies on top
-    record["annotations"][0]["segmentation"]["counts"] = [3, 4]
+
+
+def labelme_file(**shape):
+    square = {"label": "ant", "points": [[2, 1], [9, 1], [9, 5]], **shape}
+    return {"imagePath": "a.jpg", "shapes": [square]}
+
+
+def coco_file(**annotation):
+    square = {"id": 5, "image_id": 7, "category_id": 3, "segmentation": [[0, 0, 3, 0, 3, 2]]}
+    return {"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
+            "categories": [{"id": 3, "name": "ant"}], "annotations": [{**square, **annotation}]}
+
+
+@pytest.mark.parametrize("record, sentence", [
+    (labelme_file(shape_type="linestrip"), "a shape is of kind linestrip"),
+    (labelme_file(points=[[2, 1], [9, 1]]), "an outline has fewer than 3 points"),
+    (labelme_file(points=[[2, 1], [9, math.nan], [3, 3]]), "an outline leads to infinity"),
+    (labelme_file(points=[2, 1, 9, 1]), "an outline is no list of points"),
+    ({**labelme_file(), "imageWidth": 40, "imageHeight": 20}, "for a picture of another size"),
+    ({**labelme_file(), "imagePath": "none.jpg"}, "none.jpg"),
+    ({"imagePath": "a.jpg"}, "not labelme's (KeyError('shapes'))"),
+    (coco_file(segmentation=[]), "has no segmentation; a box alone is no mask: object 5"),
+    (coco_file(image_id=9), "is of an image or a category that is not there: object 5"),
+    (coco_file(category_id=9), "is of an image or a category that is not there: object 5"),
+    (coco_file(segmentation=[[0, 0, 3, 0, 3]]), "an odd number of coordinates: object 5"),
+    (coco_file(segmentation=[[0, 0, 3, 0]]), "fewer than 3 points, so no area: object 5"),
+    (coco_file(segmentation=[7]), "its segmentation is not COCO's"),
+    (coco_file(segmentation={"size": [10, 20], "counts": [3, 4]}),
+     "its run lengths are not as many pixels as the picture has: object 5"),
+    (coco_file(segmentation={"size": [20, 10], "counts": [200]}),
+     "its run lengths are of a picture of another size: object 5"),
+    ({**coco_file(), "images": [{"id": 7, "file_name": "a.jpg", "width": 10, "height": 20}]},
+     "for a picture of another size"),
+])
+def test_what_an_annotation_would_lose_is_told_and_nothing_is_written(
+        tmp_path, capsys, record, sentence):
+    for name in "ab":
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{name}.jpg")
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    source = tmp_path / "a.json" if "images" in record else tmp_path
+    with pytest.raises(InputError, match="1 things cannot be converted"):
+        convert.convert(source, tmp_path / "new", images=tmp_path)
+    assert sentence in capsys.readouterr().out and not (tmp_path / "new").exists()
+
+
+def test_small_objects_lie_over_large_ones_and_a_name_is_one_class(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{name}.jpg")
+    record = coco_file(segmentation=[[2, 2, 4, 2, 4, 4, 2, 4]])
+    record["categories"] += [{"id": 4, "name": "co\nw"}, {"id": 5, "name": "background"},
+                             {"id": 6, "name": "ant "}]
+    for k, box in ((4, [0, 0, 9, 0, 9, 9, 0, 9]), (6, [15, 5, 16, 5, 16, 6, 15, 6])):
+        record["annotations"].append({"image_id": 7, "category_id": k, "segmentation": [box]})
     (tmp_path / "c.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="a.jpg: run lengths of 7 pixels for a mask of 12"):
-        convert.convert(tmp_path / "c.json", tmp_path / "new", images=tmp_path)
-    record["categories"][1]["name"] = "cow "                # two of one name
-    (tmp_path / "c.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="classes with names of their own"):
-        convert.convert(tmp_path / "c.json", tmp_path / "new", images=tmp_path)
+    convert.convert(tmp_path / "c.json", tmp_path / "out", images=tmp_path)
+    assert (tmp_path / "out/classes.txt").read_text() == "background\nant\ncow\n"
+    expected = np.zeros((10, 20), np.uint8)
+    expected[:10, :10], expected[2:5, 2:5], expected[5:7, 15:17] = 2, 1, 1
+    ids = np.array(pictures.read_mask(tmp_path / "out/SegmentationClass/a.png"))
+    assert np.array_equal(ids, expected)
 
 
 def test_cocos_compressed_run_lengths_come_back_from_a_naive_encoder():
@@ -2759,7 +2843,8 @@ def test_a_step_of_short_epochs_is_saved_thirty_times_and_goes_on_from_there(
 
 
 def test_the_scan_is_one_line_that_stays_on_a_terminal(tmp_path, monkeypatch, capsys):
-    dataset, clock = data.load("folder", make_folder(tmp_path, 3, 1), "train"), iter(range(0, 99, 3))
+    dataset = data.load("folder", make_folder(tmp_path, 3, 1), "train")
+    clock = iter(range(0, 99, 3))
     monkeypatch.setattr(data.time, "monotonic", lambda: next(clock))
     dataset.scan()
     assert capsys.readouterr().err.splitlines() == [f"scanning: {n} of 3" for n in (1, 2, 3)]
@@ -3042,7 +3127,7 @@ def test_the_time_left_in_the_whole_run_is_by_forward_passes_and_what_was_measur
     text = line.text(80, step=1, of=4, eta=61.0, phase="seginversion", batch=0, cls=1.234,
                      **{"images/s": 0.51})
     # 61 s here, then 100 passes of 2 s and 10 of 5
-    assert text == "step 2/2 seginversion ##-------- 1/4  1:01 min left, 5:11 min in all  loss 1.23"
+    assert text == "step 1 of 0-1 seginversion ##-------- 1/4  1:01 min left, 5:11 min in all"
     assert run_module.clock(3723) == "1:02 h"
 
 
@@ -3067,8 +3152,8 @@ def test_on_a_terminal_a_run_is_one_line_that_moves_and_its_log_is_the_same(fini
             shown += part
     assert process.wait() == 0
     moves = re.findall(r"\r\x1b\[K(step [^\r\n]*)", shown.decode())
-    assert {line.split()[1] for line in moves} == {"1/3", "2/3", "3/3"}
-    assert {line.split()[2] for line in moves} == set(run_module.PHASES)
+    assert {" ".join(line.split()[:4]) for line in moves} == {f"step {k} of 0-2" for k in range(3)}
+    assert {line.split()[4] for line in moves} == set(run_module.PHASES)
     assert all(len(line) < 90 for line in moves) and "in all" in moves[0]
     keys = lambda folder: [list(line) for line in read_log(folder)]
     assert keys(tmp_path / "run") == keys(finished / "run") and '"eta"' not in shown.decode()
@@ -3418,6 +3503,8 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
                      f"{tmp_path}/odd.png", "--out", f"{tmp_path}/d"])
     for kind in ("mask", "overlay"):
         assert len(list((tmp_path / "d").glob(f"*-{kind}.png"))) == 33
+    assert (tmp_path / "d/legend.csv").read_text().splitlines()[:3] == [
+        "id,name,red,green,blue", "0,background,0,0,0", "1,cat,128,0,0"]
     legend = np.array(Image.open(tmp_path / "d/legend.png"))
     assert [legend[12 + 20 * k, 12].tolist() for k in range(4)] == data.palette()[:4].tolist()
     assert not (tmp_path / "d/shares.csv").exists()
@@ -3664,10 +3751,36 @@ def test_the_report_says_what_to_look_at(finished, tmp_path):
     write(1, [[90, 10, 0], [99, 1, 0], [80, 20, 0]])
     write(2, [[90, 10, 0, 0], [99, 1, 0, 0], [80, 20, 0, 0], [10, 0, 0, 90]])
     said = report.advice(report.Records(folder))
-    assert "cat was forgotten: IoU 81.8 at its best, 0.8 now, lost in step 1; lower --lr" in said
-    assert "dog was never learned; step 1 had 8 iterations: raise --epochs" in said
-    assert "Over 60 % of the pixels of cat, dog are taken for the background" in said
-    assert "cow was" not in said
+    assert ("cat (IoU 81.8, then 0.8) was forgotten, most in step 1; "
+            "lower --lr, raise --num-fakes, raise --lam." in said)
+    assert ("dog (IoU 0.0, 25.0 % of the pixels) was never learned; step 1 had 8 iterations: "
+            "--min-iters 300" in said)
+    assert "cat: over 60 % of the pixels are taken for the background; step 0 had" in said
+    assert "The old classes had 81.8 % and have 0.8 %; lower --lr" in said and "cow" not in said
+    settings = json.loads((folder / "settings.json").read_text())
+    run_module.write_json(folder / "settings.json", {**settings, "fake": "none", "lam": 0.0,
+                                                     "max_iters": 2})
+    said = report.advice(report.Records(folder))
+    assert "most in step 1; lower --lr." in said and "capped by --max-iters" in said
+    shutil.rmtree(folder / "fakes-step-1")
+    shutil.rmtree(folder / "fakes-step-2")
+    for step, size in enumerate((2, 3, 4)):
+        write(step, [[90 * (i == j) for j in range(size)] for i in range(size)])
+    assert "Nothing stands out: no class stayed under 10 % or lost half of its IoU." in \
+        report.advice(report.Records(folder))
+    write(2, [[90 * (i == j) * (i < 3) for j in range(4)] for i in range(4)])
+    assert "cow has no pixel in the test images" in report.advice(report.Records(folder))
+
+
+def test_the_page_stays_small_and_its_maps_keep_their_colours():
+    noisy = Image.fromarray(np.random.RandomState(0).randint(0, 255, (512, 512, 3), np.uint8))
+    ids = np.zeros((512, 512), np.uint8)
+    ids[100:301, 77:200] = 2
+    segmented = Image.fromarray(data.palette()[ids])
+    card = report.picture(noisy, "") + report.picture(segmented, "", flat=True)
+    assert report.MOST_FAKES * len(card) < 3.5e6
+    shown = Image.open(io.BytesIO(base64.b64decode(card.rpartition("base64,")[2][:-2])))
+    assert {rgb for _, rgb in shown.getcolors()} == {(0, 0, 0), tuple(data.palette()[2].tolist())}
 
 
 # ------------------------------------------------------------------------------------- bench.py

@@ -57,8 +57,8 @@ DATASET_DEFAULTS = {
 }
 
 # --small: a few hundred pictures on a CPU or one GPU, minutes a step
-SMALL = {"backbone": "mobilenet_v2", "crop": 96, "batch_size": 16, "min_iters": report.ENOUGH, "lr0": 0.02,
-         "lr": 0.003, "num_fakes": 64, "fake_classes": 1}
+SMALL = {"backbone": "mobilenet_v2", "crop": 96, "batch_size": 16, "min_iters": report.ENOUGH,
+         "lr0": 0.02, "lr": 0.003, "num_fakes": 64, "fake_classes": 1}
 
 
 # --------------------------------------------------------------------------------------- flags
@@ -92,7 +92,8 @@ def parser():
       help="another run's step-0.pth to build upon: methods and ablations share it")
     a("--seed", type=int, default=42, help="of weights, crops, fakes and orders")
     a("--small", action="store_true", help="defaults for a few hundred pictures on a CPU or one "
-      "GPU: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items()))
+      "GPU: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
+      + "; shapes, which are small, keep their own of these")
     a("--workers", type=int, help="loader processes per rank; more if the log's data_wait is not 0")
     a("--amp", action=argparse.BooleanOptionalAction, help="mixed precision; default: on CUDA")
     a("--max-iters", type=int, help="smoke run: caps the iterations of each step and inversion")
@@ -472,7 +473,7 @@ class Progress:
 
 
 def train_step(student, objective, view, step, args, run, world):
-    """Train one step, from what it saved last on. It saves each epoch, but not every few iterations."""
+    """Train one step, from what it saved last on: each epoch, but not every few iterations."""
     device, (real, fake) = world.device, batch_parts(args, step)
     per_epoch, iterations = step_length(args, step, len(view.indices))
     optimizer = torch.optim.SGD(student.parameters(), lr=args.lr0 if step == 0 else args.lr,
