@@ -490,8 +490,8 @@ def parse(argv=None):
             "--data-root", default="data", help="where to put it; the same for train.py")
     commands.add_parser("check", add_help=False, help="what is wrong, what a run would see")
     convert = commands.add_parser(
-        "convert", help="masks as people have them", description="Masks in colours, labelme's files "
-        "or COCO's, into the layout of --dataset folder; commands stand at the head of convert.py.")
+        "convert", help="masks as people have them", description="Masks in colours, labelme's or "
+        "COCO's files, into the layout of --dataset folder; commands stand in convert.py.")
     a = convert.add_argument
     a("source", help="folder of coloured masks or labelme's files, or COCO's .json")
     a("--out", required=True, help="new folder in the layout of --dataset folder")
