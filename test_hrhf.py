@@ -1987,7 +1987,7 @@ def test_check_says_all_that_is_wrong_at_once_and_what_every_step_would_see(tmp_
     out = capsys.readouterr().out
     assert re.search(r"1 x is in .*train.txt, but no picture in .*SegmentationClass: train5", out)
     assert re.search(r"1 x is in .*val.txt, but no picture in .*JPEGImages: val1\n", out)
-    assert re.search(r"2 x not a readable mask .*train11.png, .*train8.png", out)
+    assert re.search(r"2 x not a readable mask .* file 'it'\): .*train11.png, .*train8.png", out)
     assert "| cat |" in out
     assert re.search(r"3 x mask id 9 is outside the classes 0 to 5 .*train1.png, .*train7.png", out)
     assert re.search(r"1 x not a readable image .*train2.jpg", out)
