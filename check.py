@@ -4,6 +4,7 @@ A data set before a run: all that is wrong with it, and what each step of a task
     python data.py check --data-root my-images                      # --dataset folder, all classes
     python data.py check --data-root my-images --task 4-1 --small   # any of train.py's flags
 """
+import contextlib
 import re
 
 import numpy as np
@@ -21,20 +22,23 @@ def parse(argv):
 
 
 class Odd(dict):
-    """{what is wrong, whatever its numbers and names: [(path, what is wrong there)]}."""
+    """{what is wrong, whatever its numbers and names: {(path, what is wrong there): None}}."""
 
     def add(self, error, kind=None):
         """error: "path: what". Those of one kind are told together, if not those of alike words."""
         path, _, what = str(error).partition(": ")
         what = what.replace(path, "it") if "/" in path else what
-        there = self.setdefault(kind or re.sub(r"\d+|image \S+", "#", what), [])
-        if (path, what) not in there:
-            there.append((path, what))
+        self.setdefault(kind or re.sub(r"\d+|image \S+", "#", what), {})[path, what] = None
+
+    def count(self):
+        number = sum(map(len, self.values()))
+        return f"{number} thing{'s' * (number > 1)}"
 
     def report(self):
-        for found in self.values():
-            paths = sorted(printable(path) for path, _ in found)
-            print(f"{len(found)} x {printable(found[0][1])}: {', '.join(paths[:3])}"
+        for found in map(sorted, self.values()):
+            alike = " (or alike)" * (len({what for _, what in found}) > 1)
+            paths = ", ".join(printable(path) for path, _ in found[:3])
+            print(f"{len(found)} x {printable(found[0][1])}{alike}: {paths}"
                   + ", ..." * (len(found) > 3))
 
 
@@ -42,25 +46,26 @@ def check(args):
     """Print everything. args: of train.py. Raises InputError if a picture or a list is wrong."""
     if args.dataset == "shapes":
         raise InputError("--dataset shapes: is drawn, there is nothing to check")
-    odd, sets = Odd(), {}
+    odd, sets, keys = Odd(), {}, {}
     for split in ("train", "val"):
         try:
             dataset = load(args.dataset, args.data_root, split, odd.add)
         except InputError as error:                         # of a list, or of the classes
             odd.add(error)
             continue
+        with contextlib.suppress(InputError):               # of a file that the scan names, too
+            keys[split] = dataset.key()
         sets[split] = dataset, dataset.scan(odd.add)
     odd.report()
-    for dataset, pairs in sets.values():
-        if not odd:
-            dataset.keep(dataset.key(), pairs)
     counts = {split: np.array([pair.counts for pair in pairs if pair] or np.zeros((0, 256), int))
               for split, (_, pairs) in sets.items()}        # (images, 256)
     if len(sets) == 2:
         describe_classes(sets["train"][0].classes, counts)
     if odd:
-        raise InputError(f"{sum(map(len, odd.values()))} things are wrong, see above")
-    (train_set, pairs), (val_set, _) = sets.values()
+        raise InputError(f"--data-root {args.data_root}: {odd.count()} wrong, see above")
+    for split, (dataset, pairs) in sets.items():
+        dataset.keep(keys[split], pairs)
+    (train_set, pairs), (_, val_pairs) = sets.values()
     task = train.open_task(args, World())
     warnings = describe_steps(task, args)
     shorter = np.array([min(pair.size) for pair in pairs])
@@ -74,11 +79,12 @@ def check(args):
                             f"{args.crop}: it may vanish; raise --crop")
         if not counts["val"][:, k].any():
             warnings.append(f"{name} is in no test image: it has no score")
-    if twice := set(train_set.images) & set(val_set.images):
+    if twice := {pair.digest for pair in pairs} & {pair.digest for pair in val_pairs}:
         warnings.append(f"{len(twice)} images are in both lists: they test what was trained on")
     if small := int((shorter < args.crop).sum()):
         warnings.append(f"{small} of {len(train_set)} training images are smaller than --crop "
-                        f"{args.crop} and are enlarged: lower it, or --small")
+                        f"{args.crop} and are enlarged"
+                        + ": lower it, or --small" * (args.crop > train.SMALL["crop"]))
     if unseen := len(train_set) - len(set().union(*task.images)):
         warnings.append(f"{unseen} training images are in no step: most show background alone")
     print("\n" + "\n".join(f"warning: {printable(w)}" for w in warnings) if warnings

@@ -11,6 +11,7 @@ name, tests (val.txt). All that cannot be converted is listed, and nothing is wr
 """
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from check import Odd
 from data import pictures, read_lines
 from pictures import ENDINGS, open_picture, palette, read_image
 from protocol import VOID
-from run import InputError, check_file, printable, write_atomically
+from run import InputError, check_file, printable
 
 
 class Source(NamedTuple):
@@ -34,8 +35,22 @@ class Source(NamedTuple):
 def numbered(names):
     """Names -> classes, background first, and {name: id}."""
     fixed = {"background": 0, "_background_": 0, "void": VOID, "__ignore__": VOID}
-    classes = ["background", *dict.fromkeys(name for name in names if name not in fixed)]
-    return classes, {**{name: k for k, name in enumerate(classes)}, **fixed}
+    classes = ["background", *dict.fromkeys(n for n in names if n.casefold() not in fixed)]
+    if len(classes) > VOID:
+        raise InputError(f"{len(classes)} classes, at most {VOID} fit into a mask of 8 bits")
+    return classes, {name: fixed[name.casefold()] if name.casefold() in fixed
+                     else classes.index(name) for name in names}
+
+
+def note(what, names):
+    if names:
+        print(f"note: {len(names)} {what}: {printable(str(names[0]))}" + ", ..." * (len(names) > 1),
+              file=sys.stderr)
+
+
+def photographs(folder):
+    return sorted(path for path in Path(folder).rglob("*")
+                  if path.suffix.lower() in ENDINGS and not path.name.startswith("."))
 
 
 def read_json(path):
@@ -76,17 +91,20 @@ def read_colours(path):
 
 def ids_of_colours(path, known, odd):
     """(H, W) uint8 ids of a mask in colours."""
-    mask, *_ = open_picture(path, "mask")
-    if "A" in mask.getbands() and mask.getchannel("A").getextrema()[0] < 255:
+    if open_picture(path, "mask")[0].convert("RGBA").getchannel("A").getextrema()[0] < 255:
         odd.add(f"{path}: the mask is transparent in places")
     pixels = np.asarray(read_image(path)).astype(np.int64) @ [65536, 256, 1]       # (H, W)
-    ids = np.full(pixels.shape, VOID, np.uint8)
-    for code in np.unique(pixels).tolist():
-        colour = code >> 16, code >> 8 & 255, code & 255
-        if colour not in known:
+    codes, which = np.unique(pixels, return_inverse=True)
+    colours = [(code >> 16, code >> 8 & 255, code & 255) for code in codes.tolist()]
+    unknown = [colour for colour in colours if colour not in known]
+    if len(unknown) > 8:
+        odd.add(f"{path}: {len(unknown)} colours are unknown; is it a photograph, or a JPEG, which "
+                "changes colours?", "colours")
+    else:
+        for colour in unknown:
             odd.add(f"{path}: the colour {colour} is unknown", f"colour {colour}")
-        ids[pixels == code] = known.get(colour, VOID)
-    return ids
+    ids = np.array([known.get(colour, VOID) for colour in colours], np.uint8)
+    return ids[which].reshape(pixels.shape)
 
 
 # -------------------------------------------------------------------------------------- outlines
@@ -95,7 +113,7 @@ def points_of(values, least=3):
     """Values as a list of `least` or more points (x, y); a ValueError that says what is wrong."""
     try:
         points = [(float(x), float(y)) for x, y in values]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("an outline is no list of points") from None
     if len(points) < least:
         raise ValueError(f"an outline has fewer than {least} points, so no area")
@@ -112,10 +130,22 @@ def drawn(size, outlines):
     return np.array(mask)
 
 
-def layered(size, objects):
-    """(H, W) ids of [(id, (H, W) bool)], later ones over earlier ones."""
+def annotated_size(record, *keys):
+    """(W, H) of the picture that was annotated, None if the record does not say it."""
+    try:
+        return tuple(int(record[key]) for key in keys)
+    except (LookupError, TypeError, ValueError):
+        return None
+
+
+def layered(size, objects, odd):
+    """(H, W) ids of [(id, function that makes its (H, W) bool, where it is from)], later ones over
+    earlier ones."""
     ids = np.zeros(size[::-1], np.uint8)
-    for k, inside in objects:
+    for k, make, where in objects:
+        inside = make(size)
+        if not inside.any():
+            odd.add(f"{where}: an object has no pixel inside its picture")
         ids[inside] = k
     return ids
 
@@ -124,46 +154,48 @@ def labelme(folder, images, odd):
     """Classes are the labels of all files, in order of their names."""
     found, labels, seen = [], set(), set()
     for path in sorted(folder.rglob("*.json")):
+        shapes = []
         try:
             record = read_json(path)
             name = record["imagePath"].replace("\\", "/")
             image = Path(images) / Path(name).name if images else path.parent / name
+            seen.add(image.resolve())
             check_file(image)
-            size = record.get("imageWidth"), record.get("imageHeight")
-            shapes = [(printable(str(shape["label"])).strip(), labelme_outline(shape))
-                      for shape in record["shapes"]]
+            for shape in record["shapes"]:
+                try:
+                    label = printable(str(shape["label"] or "")).strip()
+                    shapes.append((label, labelme_outline(shape, label), path))
+                except ValueError as error:
+                    odd.add(f"{path}: {error}")
         except InputError as error:
             odd.add(error)
-        except ValueError as error:
-            odd.add(f"{path}: {error}")
         except (LookupError, TypeError, AttributeError) as error:
             odd.add(f"{path}: not labelme's ({error!r})")
         else:
-            found.append((image, size if all(size) else None, shapes))
-            labels |= {label for label, _ in shapes}
-            seen.add(image.resolve())
-    alone = [path for path in pictures(Path(images or folder), odd.add).values()
-             if path.resolve() not in seen]
-    if alone:
-        print(f"note: {len(alone)} pictures have no JSON and are left out: "
-              f"{printable(alone[0].name)}" + ", ..." * (len(alone) > 1), file=sys.stderr)
+            found.append((image, annotated_size(record, "imageWidth", "imageHeight"), shapes))
+            labels |= {label for label, *_ in shapes}
+    note("pictures have no JSON and are left out",
+         [path for path in photographs(images or folder) if path.resolve() not in seen])
     classes, ids = numbered(sorted(labels))
     return Source(classes, [(image, size, lambda size, shapes=shapes: layered(
-        size, [(ids[label], drawn(size, [points])) for label, points in shapes]))
-        for image, size, shapes in found])
+        size, [(ids[label], lambda size, points=points: drawn(size, [points]), path)
+               for label, points, path in shapes], odd)) for image, size, shapes in found])
 
 
-def labelme_outline(shape):
-    """The points around a labelme shape; a ValueError for one without area."""
+def labelme_outline(shape, label):
+    """The points around a labelme shape; a ValueError for one without area or label."""
     kind = shape.get("shape_type") or "polygon"
+    if not label:
+        raise ValueError("a shape has no label")
     if kind not in ("polygon", "rectangle", "circle"):
         raise ValueError(f"a shape is of kind {kind}, expected polygon, rectangle or circle")
     points = points_of(shape["points"], 3 if kind == "polygon" else 2)
     if kind == "polygon":
         return points
-    (x, y), (u, v) = points[:2]
-    if kind == "rectangle":
+    if kind == "rectangle":                                 # two of its corners, or four
+        (x, u), (y, v) = ((min(of), max(of)) for of in zip(*points))
         return [(x, y), (u, y), (u, v), (x, v)]
+    (x, y), (u, v) = points[:2]
     turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)    # a circle: its centre, a point of it
     r = math.hypot(u - x, v - y)
     return list(zip((x + r * np.cos(turn)).tolist(), (y + r * np.sin(turn)).tolist()))
@@ -175,10 +207,14 @@ def coco(path, images, odd):
         raise InputError(f"{path}: COCO's needs --images, the folder of its pictures")
     record = read_json(path)
     try:
-        names = {c["id"]: printable(str(c["name"])).strip() for c in record["categories"]}
-        classes, ids = numbered(names.values())
+        for what in ("categories", "images"):
+            given = [one["id"] for one in record[what]]
+            for twice in sorted({k for k in given if given.count(k) > 1}, key=str):
+                odd.add(f"{twice}: an id that is there twice among the {what}")
+        names = {c["id"]: printable(str(c["name"] or "")).strip() for c in record["categories"]}
+        classes, ids = numbered([*names.values()])
         photos = {image["id"]: (Path(images) / image["file_name"],
-                                (image.get("width"), image.get("height")))
+                                annotated_size(image, "width", "height"))
                   for image in record["images"]}
         objects = {image: [] for image in photos}
         for a in record["annotations"]:
@@ -197,28 +233,36 @@ def coco(path, images, odd):
             check_file(photo)
         except InputError as error:
             odd.add(error)
+    seen = {photo.resolve() for photo, _ in photos.values()}
+    note("pictures are not in the JSON and are left out",
+         [path for path in photographs(images) if path.resolve() not in seen])
+    note("pictures have no object, their masks are background alone",
+         [photo for image, (photo, _) in photos.items() if not objects[image]])
     return Source(classes, [
-        (photo, size if all(size) else None, lambda size, objects=objects[image]: coco_ids(
-            size, objects, odd)) for image, (photo, size) in photos.items() if photo.is_file()])
+        (photo, size, lambda size, objects=objects[image]: coco_ids(size, objects, odd))
+        for image, (photo, size) in photos.items() if photo.is_file()])
 
 
 def coco_ids(size, objects, odd):
-    masks = []
+    areas = []
     for k, segmentation, where in objects:
+        make = lambda size, segmentation=segmentation: coco_mask(size, segmentation)
         try:
-            if isinstance(segmentation, dict):
-                inside = decoded(segmentation, size)
-            elif any(len(p) % 2 for p in segmentation):
-                raise ValueError("an outline has an odd number of coordinates")
-            else:
-                inside = drawn(size, [points_of(zip(p[::2], p[1::2])) for p in segmentation])
+            areas.append((-int(make(size).sum()), k, make, where))
         except ValueError as error:
             odd.add(f"{where}: {error}")
         except (LookupError, TypeError) as error:
             odd.add(f"{where}: its segmentation is not COCO's ({error!r})")
-        else:
-            masks.append((k, inside))
-    return layered(size, sorted(masks, key=lambda one: -one[1].sum()))
+    areas.sort(key=lambda one: one[0])
+    return layered(size, [one[1:] for one in areas], odd)
+
+
+def coco_mask(size, segmentation):
+    if isinstance(segmentation, dict):
+        return decoded(segmentation, size)
+    if any(len(p) % 2 for p in segmentation):
+        raise ValueError("an outline has an odd number of coordinates")
+    return drawn(size, [points_of(zip(p[::2], p[1::2])) for p in segmentation])
 
 
 def decoded(rle, size):
@@ -254,22 +298,25 @@ def run_lengths(text):
 
 def convert(source, out, images=None, names=None):
     """Write a data set in folder's layout to `out`, which must be new or empty."""
-    source, out, odd = Path(source), Path(out), Odd()
+    source, out, odd = Path(source), Path(out).resolve(), Odd()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out}: is there and not empty; name a new folder")
-    if source.suffix.lower() == ".json":
+    if source.suffix.lower() == ".json" and names is None:
         classes, pairs = coco(source, images, odd)
-    elif source.is_dir() and any(source.rglob("*.json")):
+    elif source.is_dir() and any(source.rglob("*.json")) and names is None:
         classes, pairs = labelme(source, images, odd)
     elif source.is_dir():
         classes, pairs = coloured_masks(source, images, names, odd)
     else:
         raise InputError(f"{source}: expected a folder of coloured masks or of labelme's files, or "
-                         "COCO's .json")
-    stems = {}
+                         "COCO's .json; --names is for coloured masks")
+    stems = set()
     for image, annotated, make in pairs:                    # all of them, before any is written
-        if stems.setdefault(image.stem, image) != image:
-            odd.add(f"{image}: has the name of {stems[image.stem]}; give each a name of its own")
+        if image.stem in stems:
+            odd.add(f"{image}: is annotated twice, or has the name of another picture")
+        stems.add(image.stem)
+        if image.stem != image.stem.strip() or image.name.startswith("."):
+            odd.add(f"{image}: begins or ends with a blank or a dot; rename it")
         if image.suffix.lower() not in ENDINGS:
             odd.add(f"{image}: its ending is none of {' '.join(ENDINGS)}")
             continue
@@ -281,27 +328,32 @@ def convert(source, out, images=None, names=None):
             odd.add(error)
     odd.report()
     if odd:
-        raise InputError(f"{source}: {sum(map(len, odd.values()))} things cannot be converted, see "
-                         "above; nothing is written")
-    if not 2 <= len(classes) <= VOID or "" in classes or len(pairs) < 2:
+        raise InputError(f"{source}: {odd.count()} cannot be converted, see above; nothing is "
+                         "written")
+    if len(classes) < 2 or "" in classes or len(pairs) < 2:
         raise InputError(f"{source}: {len(pairs)} pictures of {len(classes)} classes, expected 2 "
-                         f"or more of 2 to {VOID} classes, background among them")
-    made = out.with_name(f".{out.name}.tmp")                # --out is all there or not at all
-    shutil.rmtree(made, ignore_errors=True)
+                         "or more of 2 or more classes, background among them, with names")
+    made = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # --out is all there or not at all
+    try:
+        write(made, classes, pairs, sorted(stems))
+        made.replace(out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    print(f"{len(stems)} pictures of {len(classes)} classes, each fifth for testing, in {out}: "
+          + ", ".join(classes))
+
+
+def write(made, classes, pairs, stems):
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (made / folder).mkdir(parents=True)
     for image, _, make in pairs:
         picture = Image.fromarray(make(read_image(image).size))
         picture.putpalette(palette().tobytes())
         shutil.copyfile(image, made / "JPEGImages" / image.name)
-        write_atomically(made / "SegmentationClass" / f"{image.stem}.png",
-                         lambda p: picture.save(p, "PNG"))
-    val = sorted(stems)[1::5]
+        picture.save(made / "SegmentationClass" / f"{image.stem}.png")
+    val = stems[1::5]
     lists = {"classes.txt": classes, "ImageSets/Segmentation/val.txt": val,
-             "ImageSets/Segmentation/train.txt": [s for s in sorted(stems) if s not in set(val)]}
+             "ImageSets/Segmentation/train.txt": [s for s in stems if s not in set(val)]}
     for name, lines in lists.items():
-        write_atomically(made / name, lambda p: p.write_text("\n".join(lines) + "\n",
-                                                             encoding="utf-8"))
-    made.replace(out)
-    print(f"{len(stems) - len(val)} training and {len(val)} test pictures of {len(classes)} "
-          f"classes in {out}: {', '.join(classes)}")
+        (made / name).write_text("\n".join(lines) + "\n", encoding="utf-8")

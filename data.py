@@ -498,6 +498,8 @@ def parse(argv=None):
     a("--images", help="folder of the photographs; of labelme's, if they are not beside the files")
     a("--names", help="coloured masks: a file of lines `name red green blue`, background first")
     args, rest = parser.parse_known_args(argv)
+    if "" in vars(args).values():
+        raise InputError("an argument is empty: a shell variable that is not set?")
     if args.command == "check":
         import check                                        # which imports this module
         args.train = check.parse(rest)

@@ -324,24 +324,28 @@ def advice(r):
                       + ["raise --lam"] * bool(r.settings.get("lam")))
     for step, names in enumerate(r.groups):
         made = iterations.get(step, ENOUGH)
-        longer = ("raise --lr or --epochs" if step else "raise --lr0 or --epochs0") \
-            if made >= ENOUGH else f"step {step} had {made} iterations" + (
-                ", capped by --max-iters" if r.settings.get("max_iters")
-                else f": --min-iters {ENOUGH}")
+        if made == r.settings.get("max_iters"):
+            longer = f"step {step} had {made} iterations, capped by --max-iters"
+        elif step == 0 and r.settings.get("step0"):
+            longer = "step 0 is another run's (--step0)"
+        elif made < ENOUGH or made == r.settings.get("min_iters"):
+            longer = f"step {step} had {made} iterations: --min-iters {2 * made if made >= ENOUGH else ENOUGH}"
+        else:
+            longer = "raise --lr or --epochs" if step else "raise --lr0 or --epochs0"
         for name in names:
             k = r.classes.index(name)
             values = [v for v in of_class[name] if v is not None and v == v]
             if not pixels[k]:
-                say("{} has no pixel in the test images, so no score", name)
+                say("{}: no pixel in the test images, so no score", name)
             elif not values:
                 continue
             elif max(values) < 0.1:
                 degree = "never" if max(values) < 0.02 else "hardly"
-                say(f"{{}} was {degree} learned; {longer}; more images or a larger --crop help",
+                say(f"{{}}: {degree} learned; {longer}; more images or a larger --crop help",
                     f"{name} (IoU {percent(max(values))}, {100 * pixels[k]:.1f} % of the pixels)")
             elif values[-1] < max(values) / 2:
                 drops = [a - b for a, b in zip(values, values[1:])]
-                say(f"{{}} was forgotten, most in step {step + 1 + int(np.argmax(drops))}; {keeps}",
+                say(f"{{}}: forgotten, most in step {step + 1 + int(np.argmax(drops))}; {keeps}",
                     f"{name} (IoU {percent(max(values))}, then {percent(values[-1])})")
             if shares[k, 0] > 0.6:
                 say(f"{{}}: over 60 % of the pixels are taken for the background; {longer}", name)
@@ -354,7 +358,8 @@ def advice(r):
         for names, _, shares_found in of_step:
             for name, share in zip(names[1:], shares_found[1:]):
                 missed.setdefault(name, []).append(share <= FOUND)
-        for name in (name for name, of_name in missed.items() if sum(of_name) > len(of_name) / 2):
+        for name in (name for name, of_name in missed.items() if sum(of_name) > len(of_name) / 2
+                     and r.settings.get("fake") == "seginversion"):
             say(f"{{}}: most fakes of step {step} that were asked for it do not show it; raise "
                 "--fake-steps, or lower --bn", name)
     lines = [what.format(", ".join(names)) + "." for what, names in found.items()]

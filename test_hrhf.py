@@ -1982,7 +1982,7 @@ def test_check_says_all_that_is_wrong_at_once_and_what_every_step_would_see(tmp_
     (root / "JPEGImages/val1.jpg").unlink()
     (root / "SegmentationClass/train8.png").write_bytes(b"x")
     (root / "SegmentationClass/train11.png").write_bytes(b"x")
-    with pytest.raises(InputError, match="8 things are wrong, see above"):
+    with pytest.raises(InputError, match="8 things wrong, see above"):
         data.main(flags)
     out = capsys.readouterr().out
     assert re.search(r"1 x is in .*train.txt, but no picture in .*SegmentationClass: train5", out)
@@ -2006,7 +2006,7 @@ def test_masks_in_colours_become_ids_and_an_unknown_colour_is_listed(tmp_path, c
     command = ["convert", f"{tmp_path}/masks", "--images", f"{tmp_path}/photos", "--names",
                f"{names}", "--out"]
     data.main([*command, f"{tmp_path}/out"])
-    assert "5 training and 1 test pictures of 3 classes" in capsys.readouterr().out
+    assert "6 pictures of 3 classes, each fifth for testing" in capsys.readouterr().out
     train_set, val = (data.load("folder", tmp_path / "out", split) for split in ("train", "val"))
     assert train_set.classes == ["background", "wild boar", "sky"] and len(val) == 1
     for dataset in (train_set, val):
@@ -2026,8 +2026,14 @@ def test_masks_in_colours_become_ids_and_an_unknown_colour_is_listed(tmp_path, c
     assert re.search(r"4 x the colour \(200, 0, 1\) is unknown: .*/2.png, .*, \.\.\.\n", out)
     assert "4 x the colour (9, 9, 9) is unknown" in out and "1 x the mask is transparent" in out
     assert f"1 x is a picture in {tmp_path}/photos alone: alone" in out
+    assert "colours are unknown; is it a photograph" not in out
     assert "1 x its annotation is for a picture of another size" in out and "1.jpg" in out
     assert not (tmp_path / "new").exists()
+    noisy = np.random.RandomState(0).randint(0, 255, (300, 300, 3), np.uint8)
+    Image.fromarray(noisy).save(tmp_path / "masks/2.png")
+    with pytest.raises(InputError, match="11 things"):
+        data.main([*command, f"{tmp_path}/new"])
+    assert "colours are unknown; is it a photograph, or a JPEG" in capsys.readouterr().out
     for text, sentence in (("a 1 2\n", "line 1: expected"), ("a 1 2 3\nb 1 2 3", "line 2: b")):
         names.write_text(text)
         with pytest.raises(InputError, match=sentence):
@@ -2093,6 +2099,9 @@ def coco_file(**annotation):
     (labelme_file(points=[[2, 1], [9, 1]]), "an outline has fewer than 3 points"),
     (labelme_file(points=[[2, 1], [9, math.nan], [3, 3]]), "an outline leads to infinity"),
     (labelme_file(points=[2, 1, 9, 1]), "an outline is no list of points"),
+    (labelme_file(points=[[2, 1], [9, 10 ** 400], [3, 3]]), "an outline is no list of points"),
+    (labelme_file(points=[[60, 60], [70, 60], [70, 70]]), "an object has no pixel inside its"),
+    (labelme_file(label=None), "a shape has no label"),
     ({**labelme_file(), "imageWidth": 40, "imageHeight": 20}, "for a picture of another size"),
     ({**labelme_file(), "imagePath": "none.jpg"}, "none.jpg"),
     ({"imagePath": "a.jpg"}, "not labelme's (KeyError('shapes'))"),
@@ -2108,6 +2117,12 @@ def coco_file(**annotation):
      "its run lengths are of a picture of another size: object 5"),
     ({**coco_file(), "images": [{"id": 7, "file_name": "a.jpg", "width": 10, "height": 20}]},
      "for a picture of another size"),
+    ({**coco_file(), "images": [{"id": k, "file_name": "a.jpg"} for k in (7, 8)]},
+     "is annotated twice"),
+    ({**coco_file(), "images": [{"id": 7, "file_name": name} for name in ("a.jpg", "b.jpg")]},
+     "an id that is there twice among the images: 7"),
+    ({**coco_file(), "categories": [{"id": 3, "name": name} for name in "xy"]},
+     "an id that is there twice among the categories: 3"),
 ])
 def test_what_an_annotation_would_lose_is_told_and_nothing_is_written(
         tmp_path, capsys, record, sentence):
@@ -2115,9 +2130,46 @@ def test_what_an_annotation_would_lose_is_told_and_nothing_is_written(
         Image.new("RGB", (20, 10)).save(tmp_path / f"{name}.jpg")
     (tmp_path / "a.json").write_text(json.dumps(record))
     source = tmp_path / "a.json" if "images" in record else tmp_path
-    with pytest.raises(InputError, match="1 things cannot be converted"):
+    with pytest.raises(InputError, match="1 thing cannot be converted"):
         convert.convert(source, tmp_path / "new", images=tmp_path)
     assert sentence in capsys.readouterr().out and not (tmp_path / "new").exists()
+
+
+def test_a_rectangle_has_two_corners_or_four_and_an_outline_of_a_hidden_name_is_refused(tmp_path):
+    box = [[2, 1], [9, 1], [9, 5], [2, 5]]
+    for points in (box[::2], box[::-2], box):
+        outline = convert.labelme_outline({"points": points, "shape_type": "rectangle"}, "x")
+        assert {tuple(point) for point in outline} == {tuple(point) for point in box}
+    for name in (" a", ".b", "c"):
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name[-1]}.json").write_text(
+            json.dumps({**labelme_file(), "imagePath": f"{name}.jpg"}))
+    with pytest.raises(InputError, match="2 things cannot be converted"):
+        convert.convert(tmp_path, tmp_path / "new")
+
+
+def test_what_keeps_a_folder_from_being_made_leaves_nothing_behind(tmp_path, monkeypatch):
+    names = [f"n{k}" for k in range(255)]
+    with pytest.raises(InputError, match="256 classes, at most 255"):
+        convert.numbered(names)
+    assert convert.numbered(["Background", "cow", "VOID"]) == (
+        ["background", "cow"], {"Background": 0, "cow": 1, "VOID": 255})
+    for name in "ab":
+        Image.new("RGB", (20, 10)).save(tmp_path / f"{name}.jpg")
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({**labelme_file(), "imagePath": f"{name}.jpg"}))
+    (tmp_path / "new").mkdir()
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        convert.convert(tmp_path, tmp_path / "new")
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "new")
+    convert.convert(tmp_path, ".")                          # an empty folder is taken
+    assert (tmp_path / "new/classes.txt").read_text() == "background\nant\n"
+    with pytest.raises(InputError, match="an argument is empty"):
+        data.parse(["convert", "x", "--out", ""])
 
 
 def test_small_objects_lie_over_large_ones_and_a_name_is_one_class(tmp_path):
@@ -3751,15 +3803,15 @@ def test_the_report_says_what_to_look_at(finished, tmp_path):
     write(1, [[90, 10, 0], [99, 1, 0], [80, 20, 0]])
     write(2, [[90, 10, 0, 0], [99, 1, 0, 0], [80, 20, 0, 0], [10, 0, 0, 90]])
     said = report.advice(report.Records(folder))
-    assert ("cat (IoU 81.8, then 0.8) was forgotten, most in step 1; "
+    assert ("cat (IoU 81.8, then 0.8): forgotten, most in step 1; "
             "lower --lr, raise --num-fakes, raise --lam." in said)
-    assert ("dog (IoU 0.0, 25.0 % of the pixels) was never learned; step 1 had 8 iterations: "
+    assert ("dog (IoU 0.0, 25.0 % of the pixels): never learned; step 1 had 8 iterations: "
             "--min-iters 300" in said)
     assert "cat: over 60 % of the pixels are taken for the background; step 0 had" in said
     assert "The old classes had 81.8 % and have 0.8 %; lower --lr" in said and "cow" not in said
     settings = json.loads((folder / "settings.json").read_text())
     run_module.write_json(folder / "settings.json", {**settings, "fake": "none", "lam": 0.0,
-                                                     "max_iters": 2})
+                                                     "max_iters": 8})
     said = report.advice(report.Records(folder))
     assert "most in step 1; lower --lr." in said and "capped by --max-iters" in said
     shutil.rmtree(folder / "fakes-step-1")
@@ -3769,7 +3821,13 @@ def test_the_report_says_what_to_look_at(finished, tmp_path):
     assert "Nothing stands out: no class stayed under 10 % or lost half of its IoU." in \
         report.advice(report.Records(folder))
     write(2, [[90 * (i == j) * (i < 3) for j in range(4)] for i in range(4)])
-    assert "cow has no pixel in the test images" in report.advice(report.Records(folder))
+    assert "cow: no pixel in the test images" in report.advice(report.Records(folder))
+    write(0, [[90, 10], [99, 1]])
+    for more, words in (({"max_iters": 8}, "8 iterations, capped by"), (
+            {"max_iters": None, "min_iters": 8}, "--min-iters 300"),
+            ({"max_iters": None, "step0": "x.pth"}, "step 0 is another run's (--step0)")):
+        run_module.write_json(folder / "settings.json", {**settings, **more})
+        assert words in report.advice(report.Records(folder))
 
 
 def test_the_page_stays_small_and_its_maps_keep_their_colours():
