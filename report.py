@@ -329,7 +329,8 @@ def advice(r):
         elif step == 0 and r.settings.get("step0"):
             longer = "step 0 is another run's (--step0)"
         elif made < ENOUGH or made == r.settings.get("min_iters"):
-            longer = f"step {step} had {made} iterations: --min-iters {2 * made if made >= ENOUGH else ENOUGH}"
+            more = ENOUGH if made < ENOUGH else 2 * made
+            longer = f"step {step} had {made} iterations: --min-iters {more}"
         else:
             longer = "raise --lr or --epochs" if step else "raise --lr0 or --epochs0"
         for name in names:
