@@ -327,7 +327,7 @@ def advice(r):
         if made == r.settings.get("max_iters"):
             longer = f"step {step} had {made} iterations, capped by --max-iters"
         elif step == 0 and r.settings.get("step0"):
-            longer = "step 0 is another run's (--step0)"
+            longer = "step 0 came with --step0: train it anew"
         elif made < ENOUGH or made == r.settings.get("min_iters"):
             more = ENOUGH if made < ENOUGH else 2 * made
             longer = f"step {step} had {made} iterations: --min-iters {more}"

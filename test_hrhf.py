@@ -3826,7 +3826,7 @@ def test_the_report_says_what_to_look_at(finished, tmp_path):
         write(step, [[90 * (j == (0 if i < 2 else i)) for j in range(size)] for i in range(size)])
     for more, words in (({"max_iters": 4}, "4 iterations, capped by"), (
             {"max_iters": None, "min_iters": 4}, "--min-iters 300"),
-            ({"max_iters": None, "step0": "x.pth"}, "step 0 is another run's (--step0)")):
+            ({"max_iters": None, "step0": "x.pth"}, "step 0 came with --step0")):
         run_module.write_json(folder / "settings.json", {**settings, **more})
         assert words in report.advice(report.Records(folder))
 
