@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,9 +209,9 @@ def coco(path, images, odd):
     record = read_json(path)
     try:
         for what in ("categories", "images"):
-            given = [one["id"] for one in record[what]]
-            for twice in sorted({k for k in given if given.count(k) > 1}, key=str):
-                odd.add(f"{twice}: an id that is there twice among the {what}")
+            for k, times in Counter(one["id"] for one in record[what]).items():
+                if times > 1:
+                    odd.add(f"{k}: an id that is there twice among the {what}")
         names = {c["id"]: printable(str(c["name"] or "")).strip() for c in record["categories"]}
         classes, ids = numbered([*names.values()])
         photos = {image["id"]: (Path(images) / image["file_name"],
@@ -310,8 +311,35 @@ def convert(source, out, images=None, names=None):
     else:
         raise InputError(f"{source}: expected a folder of coloured masks or of labelme's files, or "
                          "COCO's .json; --names is for coloured masks")
+    made = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # --out is all there or not at all
+    try:
+        stems = write_pairs(made, pairs, odd)
+        odd.report()
+        if odd:
+            raise InputError(f"{source}: {odd.count()} cannot be converted, see above; nothing is "
+                             "written")
+        if len(classes) < 2 or "" in classes or len(stems) < 2:
+            raise InputError(f"{source}: {len(stems)} pictures of {len(classes)} classes, expected "
+                             "2 or more of 2 or more classes, background among them, with names")
+        val = stems[1::5]
+        lists = {"classes.txt": classes, "ImageSets/Segmentation/val.txt": val,
+                 "ImageSets/Segmentation/train.txt": [s for s in stems if s not in set(val)]}
+        for name, lines in lists.items():
+            (made / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        made.replace(out)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    print(f"{len(stems)} pictures of {len(classes)} classes, each fifth for testing, in {out}: "
+          + ", ".join(classes))
+
+
+def write_pairs(made, pairs, odd):
+    """Copy the images and write their masks; the images' names, sorted."""
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (made / folder).mkdir(parents=True)
     stems = set()
-    for image, annotated, make in pairs:                    # all of them, before any is written
+    for image, annotated, make in pairs:
         if image.stem in stems:
             odd.add(f"{image}: is annotated twice, or has the name of another picture")
         stems.add(image.stem)
@@ -322,38 +350,14 @@ def convert(source, out, images=None, names=None):
             continue
         try:
             size = read_image(image).size
-            if annotated not in (None, size) or make(size).shape != size[::-1]:
-                odd.add(f"{image}: its annotation is for a picture of another size")
+            ids = make(size)
         except InputError as error:
             odd.add(error)
-    odd.report()
-    if odd:
-        raise InputError(f"{source}: {odd.count()} cannot be converted, see above; nothing is "
-                         "written")
-    if len(classes) < 2 or "" in classes or len(pairs) < 2:
-        raise InputError(f"{source}: {len(pairs)} pictures of {len(classes)} classes, expected 2 "
-                         "or more of 2 or more classes, background among them, with names")
-    made = out.with_name(f".{out.name}.{os.getpid()}.tmp")  # --out is all there or not at all
-    try:
-        write(made, classes, pairs, sorted(stems))
-        made.replace(out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-    print(f"{len(stems)} pictures of {len(classes)} classes, each fifth for testing, in {out}: "
-          + ", ".join(classes))
-
-
-def write(made, classes, pairs, stems):
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (made / folder).mkdir(parents=True)
-    for image, _, make in pairs:
-        picture = Image.fromarray(make(read_image(image).size))
-        picture.putpalette(palette().tobytes())
+            continue
+        if annotated not in (None, size) or ids.shape != size[::-1]:
+            odd.add(f"{image}: its annotation is for a picture of another size")
+        mask = Image.fromarray(ids)
+        mask.putpalette(palette().tobytes())
+        mask.save(made / "SegmentationClass" / f"{image.stem}.png")
         shutil.copyfile(image, made / "JPEGImages" / image.name)
-        picture.save(made / "SegmentationClass" / f"{image.stem}.png")
-    val = stems[1::5]
-    lists = {"classes.txt": classes, "ImageSets/Segmentation/val.txt": val,
-             "ImageSets/Segmentation/train.txt": [s for s in stems if s not in set(val)]}
-    for name, lines in lists.items():
-        (made / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return sorted(stems)

@@ -43,11 +43,15 @@ VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair 
 
 # ------------------------------------------------------------------------------- the data sets
 
-def count_pair(image_path, mask_path, num_classes):
-    """The size (W, H) and the pixels of each id 0 .. 255 of an image and its mask.
+class Pair(NamedTuple):
+    """What a scan knows of an image and its mask."""
+    size: tuple                 # W, H
+    counts: np.ndarray          # (256,) pixels of each id
+    digest: str                 # of both files
 
-    Both are decoded: a damaged picture, or one of another size, is found here, not days later.
-    """
+
+def scan_pair(image_path, mask_path, num_classes):
+    """The Pair; a damaged picture, or one of another size, is found here, not days later."""
     mask, size = read_mask(mask_path, num_classes, verify=True), image_size(image_path)
     if size != mask.size:
         raise InputError(f"{mask_path}: the mask is {mask.size[0]} x {mask.size[1]} pixels, "
@@ -57,18 +61,6 @@ def count_pair(image_path, mask_path, num_classes):
     if unknown:
         raise InputError(f"{mask_path}: mask id {unknown[0]} is outside the classes 0 to "
                          f"{num_classes} (and 255)")
-    return size, counts
-
-
-class Pair(NamedTuple):
-    """What a scan knows of an image and its mask."""
-    size: tuple                 # W, H
-    counts: np.ndarray          # (256,) pixels of each id
-    digest: str                 # of both files
-
-
-def scan_pair(image_path, mask_path, num_classes):
-    size, counts = count_pair(image_path, mask_path, num_classes)
     return Pair(size, np.array(counts),
                 sha256(Path(image_path).read_bytes() + Path(mask_path).read_bytes()))
 

@@ -3094,14 +3094,6 @@ def test_off_default_names_the_flags_that_make_a_run_another_method():
     assert of("--dataset voc --fake-sizes 1/2,1") == "--fake-sizes 256,512"
 
 
-def test_a_method_of_your_own_is_a_function_and_a_line(finished, tmp_path, monkeypatch):
-    monkeypatch.setitem(methods.METHODS, "mine", methods.Method(
-        lambda logits, teacher_logits, labels, lam: {"mine": methods.cross_entropy(logits, labels)},
-        1.0))
-    train_on(finished, tmp_path / "run", "--task 2-1 --epochs 1 --method mine")
-    assert {line["step"] for line in read_log(tmp_path / "run") if "mine" in line} == {0, 1}
-
-
 def test_one_process_owns_a_run_folder_from_its_first_write_to_its_end(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys, time; from run import Run; run = Run(sys.argv[1]); "
