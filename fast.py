@@ -104,62 +104,55 @@ def in_bands(loss, logits, teacher_logits, labels, of_labelled=()):
 # --------------------------------------------------------- 2. BatchNorm that measures its input
 
 class MeasureAndNormalise(torch.autograd.Function):
-    """BatchNorm2d in evaluation mode, and how far the batch is from what the layer remembers.
+    """BatchNorm2d in evaluation mode, and the mean and biased variance of what it is given.
 
-        y = s * (x - running_mean) + bias,      s = weight / sqrt(running_var + eps)
-        d = || m - running_mean ||_2 + || v - running_var ||_2
+        y = scale * (x - running_mean) + bias,      scale = weight / sqrt(running_var + eps)
+        m, v: over the n = B H W values of x (B, C, H, W) that a channel has
 
-    m, v: mean and biased variance of x (B, C, H, W) over its n = B H W values a channel, and of
-    `others` = (their number over that of all images, their mean, their variance) if there are any.
-    The gradients of y and d come together, affine in x. Only x gets one; 0 for a norm that is 0.
+    The gradients of y, m and v come together, affine in x. Only x gets one.
 
-        dx = s * dy + a * x + b
-        a = dd * 2/n * (v - running_var) / || v - running_var ||
-        b = dd * 1/n * (m - running_mean) / || m - running_mean || - a * m
+        dx = scale * dy + a * x + b,    a = 2/n * dv,    b = 1/n * dm - a * m
 
-    With others, dx holds d's gradient times (all images / B): d stands beside losses that are means
-    over the B images of x, and weighs as it does beside a mean over all.
-    Returns y (B, C, H, W), d, a scalar, and mean and variance of x (2, C), which have no gradient.
+    Returns y (B, C, H, W), m and v (C,).
     """
 
     @staticmethod
-    def forward(ctx, x, running_mean, running_var, weight, bias, eps, others):
+    def forward(ctx, x, running_mean, running_var, weight, bias, eps, scale):
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         if x.device.type in ("cpu", "cuda"):                    # BatchNorm's own kernel
             m, v = torch.batch_norm_update_stats(x32, None, None, 0.0)
         else:
             v, m = torch.var_mean(x32, dim=(0, 2, 3), correction=0)
-        own = torch.stack([m, v])
-        if others is not None:
-            share, m_others, v_others = others
-            v = v + share * (v_others - v) + share * (1 - share) * (m - m_others) ** 2
-            m = m + share * (m_others - m)
-        far_m, far_v = m - running_mean, v - running_var
-        norm_m, norm_v = far_m.norm(), far_v.norm()
-        s = (running_var + eps).rsqrt() * weight
-        ctx.save_for_backward(x, m, far_m, far_v, norm_m, norm_v, s)
-        ctx.mark_non_differentiable(own)
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
-        return y, norm_m + norm_v, own
+        ctx.save_for_backward(x, m, scale)
+        return F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps), m, v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dd, _):
-        x, m, far_m, far_v, norm_m, norm_v, s = ctx.saved_tensors
-        dd = dd * (x.shape[1] / x.numel())                      # dd / n
-        a = 2 * dd / norm_v.clamp(min=1e-30) * far_v
-        b = dd / norm_m.clamp(min=1e-30) * far_m - a * m
-        a, b, s = (c.view(1, -1, 1, 1) for c in (a, b, s))
-        return torch.addcmul(b, x, a).addcmul_(dy, s), *[None] * 6
+    def backward(ctx, dy, dm, dv):
+        x, m, scale = ctx.saved_tensors
+        n = x.numel() / x.shape[1]
+        a = dv * (2 / n)
+        b = torch.addcmul(dm / n, a, m, value=-1)
+        a, b, scale = (c.view(1, -1, 1, 1) for c in (a, b, scale))
+        return torch.addcmul(b, x, a).addcmul_(dy, scale), *[None] * 6
 
 
 class MeasuredBatchNorm2d(nn.BatchNorm2d):
-    """A BatchNorm2d in evaluation mode that keeps its latest input's statistics and their distance.
+    """A BatchNorm2d in evaluation mode that keeps its latest input's statistics: m, v (C,).
+
+    Its scale is set from outside: it stays as it is for many passes.
     """
 
-    others = None
-
     def forward(self, x):
-        y, self.distance, self.statistics = MeasureAndNormalise.apply(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, self.others)
+        y, *self.statistics = MeasureAndNormalise.apply(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps, self.scale)
         return y
+
+
+def captured(network, x):
+    """A network, images like x -> tensors, for many passes, and their gradients to x: on a GPU as
+    one CUDA graph each way, because a small network's kernels end before the next is asked for.
+    """
+    if not x.is_cuda:
+        return network
+    return torch.cuda.make_graphed_callables(network, (torch.zeros_like(x).requires_grad_(),))

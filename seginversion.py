@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from data import MEAN, STD
-from fast import MeasuredBatchNorm2d
+from fast import MeasuredBatchNorm2d, captured
 from saa import scale_aware_aggregation
 
 
@@ -51,56 +51,78 @@ def rms(x):
 class BatchNormMatching:
     """How far the statistics of a batch are from those that every BatchNorm layer remembers.
 
-        sum_l  || mean_l(x) - running_mean_l ||_2  +  || var_l(x) - running_var_l ||_2
+        sum_l  w_l * ( || mean_l(x) - running_mean_l ||_2  +  || var_l(x) - running_var_l ||_2 )
 
-    over the layers' inputs, mean and biased variance over (B, H, W), weight `first` on the first
-    layer and 1 on the others, divided by the sum of the weights. Context manager: inside, the
-    layers are MeasuredBatchNorm2d (fast.py), in evaluation mode; at exit they are what they were.
+    over the layers' inputs, mean and biased variance over (B, H, W); w_l is `first` for the first
+    layer and 1 for the others, divided by their sum. Context manager: inside, the layers are
+    MeasuredBatchNorm2d (fast.py), in evaluation mode; at exit they are what they were.
 
         with BatchNormMatching(model) as matching:
-            matching.part("a", 4)           # the statistics are those of these 4 images and of all
-            model(x)                        # other parts as they were when the network last saw
-            loss = matching.loss()          # them; without parts, of x alone
+            logits, statistics = matching(x)
+            loss = matching.loss(statistics)            # of x; in parts:
+            loss = matching.loss(statistics, "a", 4)    # of these 4 images and of all other parts
+                                                        # as they were when last seen
     """
 
     def __init__(self, model, first=10.0):
+        self.model, self.first = model, first
         self.layers = [m for m in model.modules()
                        if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        self.weights = [first] + [1.0] * (len(self.layers) - 1)
-        self.widths = [layer.num_features for layer in self.layers]
-        self.parts = {}             # name -> number of images, and statistics (2, sum of widths)
-        self.name, self.B = None, 1
+        self.parts = {}                     # name -> images, and statistics (2, all channels)
 
     def __enter__(self):
         self.classes = [type(layer) for layer in self.layers]
         for layer in self.layers:
             layer.__class__ = MeasuredBatchNorm2d
+            layer.scale = (layer.running_var + layer.eps).rsqrt() * layer.weight
+        self.remembered = together([(m.running_mean, m.running_var) for m in self.layers])
+        L, device = len(self.layers), self.remembered.device
+        widths = torch.tensor([m.num_features for m in self.layers], dtype=torch.int64)
+        self.layer_of = torch.arange(L).repeat_interleave(widths).to(device)    # of every channel
+        self.sums = (self.layer_of[:, None] == torch.arange(L, device=device)).to(self.remembered)
+        w = torch.tensor([self.first] + [1.0] * L)[:L].to(self.remembered)
+        self.weights = (w / w.sum())[self.layer_of]
         return self
 
     def __exit__(self, *_):
         for layer, kind in zip(self.layers, self.classes):
             layer.__class__ = kind
-            for name in ("distance", "statistics", "others"):
+            for name in ("scale", "statistics"):
                 vars(layer).pop(name, None)
 
-    def part(self, name, B):
-        """The next forward pass is of B images, which take the place of the part of that name."""
-        self.parts.pop(name, None)
-        others = [None] * len(self.layers)
-        if self.parts:
-            number, statistics = merged(self.parts.values())
-            others = [(number / (number + B), *s) for s in statistics.split(self.widths, dim=1)]
-        for layer, of_layer in zip(self.layers, others):
-            layer.others = of_layer
-        self.name, self.B = name, B
+    def __call__(self, x):
+        """Logits of images, and the statistics (2, all channels) of what every layer was given."""
+        logits = self.model(x)
+        return logits, together([layer.statistics for layer in self.layers])
 
-    def loss(self):
-        """The distance for the latest forward pass; a scalar that carries gradient to the input."""
-        if self.layers:
-            self.parts[self.name] = self.B, torch.cat([s.statistics for s in self.layers], dim=1)
-        total = sum((w * layer.distance for w, layer in zip(self.weights, self.layers)),
-                    torch.zeros(()))
-        return total / sum(self.weights)
+    def loss(self, statistics, name=None, B=1):
+        """The distance of statistics of B images, which take the place of the part of that name; a
+        scalar that carries gradient to the input.
+
+        With other parts the gradient is that of a mean over all images times (all images / B): the
+        distance stands beside losses that are means over B, and weighs as it does beside a mean
+        over all.
+        """
+        self.parts.pop(name, None)
+        others = [*self.parts.values()]
+        self.parts[name] = B, statistics.detach().clone()   # a CUDA graph writes them anew
+        if others:
+            number, of_all = merged([(B, statistics), *others])
+            scaled = number / B * of_all
+            statistics = scaled + (of_all - scaled).detach()
+        # all layers at once: ||far|| = far . unit, and unit is its gradient
+        far = statistics - self.remembered
+        with torch.no_grad():
+            norms = (far.square() @ self.sums).sqrt()                       # (2, L)
+            unit = far / norms.clamp(min=1e-30)[:, self.layer_of]
+        return (self.weights * unit * far).sum()
+
+
+def together(statistics):
+    """[(mean, variance) of a layer's channels] -> (2, all channels)."""
+    if not statistics:
+        return torch.zeros(2, 0)
+    return torch.stack([torch.cat(of_layers) for of_layers in zip(*statistics)])
 
 
 def merged(parts):
@@ -182,9 +204,7 @@ def statistics_of(model, parts, size):
     BatchNorm layer's input, (2, all channels)."""
     with frozen(model), BatchNormMatching(model) as matching:
         for k, x in enumerate(parts):
-            matching.part(k, len(x))
-            model(resized(x, size))
-            matching.loss()
+            matching.loss(matching(resized(x, size))[1], k, len(x))
     return merged(matching.parts.values())
 
 
@@ -234,27 +254,30 @@ def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
                  for v in (0, 1))
     part = part or len(targets)
     r = torch.atleast_2d(torch.as_tensor(r, dtype=torch.float64)).expand(len(targets), -1)
-    parts, size = x.split(part), None
+    parts, order, size = x.split(part), stages(sizes, steps), None
     targets, scales = targets.to(device).split(part), r.split(part)
     # deterministic: the same image every time on one machine
     with frozen(model), BatchNormMatching(model) as matching, \
             torch.backends.cudnn.flags(enabled=True, deterministic=True,
                                        allow_tf32=torch.backends.cudnn.allow_tf32):
-        for (i, now), k in itertools.product(enumerate(stages(sizes, steps)), range(len(parts))):
+        for (i, now), k in itertools.product(enumerate(order), range(len(parts))):
             if now != size:
                 size, parts = now, [resized(x.detach(), now).clone() for x in parts]
                 optimizer = torch.optim.Adam([x.requires_grad_() for x in parts], lr=lr,
                                              betas=(0.5, 0.9))
                 matching.parts = {"others": others[size]} if others else {}
+                networks = {}                               # the smaller size's memory is free
+                for x in parts if order.count(size) >= 20 else ():  # a capture is a few passes
+                    networks[len(x)] = networks.get(len(x)) or captured(matching, x)
             x, view = parts[k], random_view(parts[k], generator)
-            matching.part(k, len(x))
-            scores = scale_aware_aggregation(model(view), scales[k])            # (B, C)
+            logits, statistics = networks.get(len(x), matching)(view)
+            scores = scale_aware_aggregation(logits, scales[k])                 # (B, C)
             if scores.shape != targets[k].shape:
                 raise ValueError(f"targets are {tuple(targets[k].shape)}, "
                                  f"but the network scores {tuple(scores.shape)}")
             terms = {"cls": classification_loss(scores, targets[k]).mean(),
                      "tv": tv * total_variation(view), "l2": l2 * rms(view),
-                     "bn": bn * matching.loss()}
+                     "bn": bn * matching.loss(statistics, k, len(x))}
             optimizer.zero_grad()
             sum(terms.values()).backward()
             x.grad = coloured(x.grad, spectrum)
