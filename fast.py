@@ -12,9 +12,11 @@ stride. So `in_bands` goes through it in bands of rows and takes each band's gra
     dl/ds = sum_k  w_k * dl(band_k)/ds      s: logits (B, C, h, w) at the network's stride
 
 2. SegInversion needs mean and variance of every BatchNorm layer's input, and a gradient through
-them. `MeasuredBatchNorm2d` takes both from one kernel and folds their gradient into its own.
+them. `MeasuredBatchNorm2d` takes both from one kernel and folds their gradient into its own; on a
+GPU `captured` replays the whole network.
 """
 import contextlib
+import gc
 
 import torch
 import torch.nn.functional as F
@@ -150,9 +152,10 @@ class MeasuredBatchNorm2d(nn.BatchNorm2d):
 
 
 def captured(network, x):
-    """A network, images like x -> tensors, for many passes, and their gradients to x: on a GPU as
-    one CUDA graph each way, because a small network's kernels end before the next is asked for.
+    """A network, images like x -> tensors, for many passes and gradients to x: on a GPU one CUDA
+    graph each way, because a small network's kernels end before the host has asked for the next.
     """
     if not x.is_cuda:
         return network
+    gc.collect()                            # an old graph that is freed during a capture ends it
     return torch.cuda.make_graphed_callables(network, (torch.zeros_like(x).requires_grad_(),))

@@ -7,6 +7,7 @@ No downloads. Sizes are tiny; the code under test is the code that runs at full 
 import base64
 import contextlib
 import copy
+import gc
 import hashlib
 import html
 import inspect
@@ -4351,7 +4352,12 @@ def test_fakes_on_a_gpu_are_the_same_twice(gpu):
     net = tiny((4,)).to(gpu)
     make = lambda: seginversion.invert(net, one_hot(1, 2, 3), 5.0, sizes=[16, 32], steps=40,
                                        part=2, spectrum=1.0)
-    assert torch.equal(make(), make())
+    usual = gc.get_threshold()
+    gc.set_threshold(1)                                  # old graphs in the way of a capture
+    try:
+        assert torch.equal(make(), make())
+    finally:
+        gc.set_threshold(*usual)
 
 
 @pytest.mark.cuda
@@ -4477,13 +4483,9 @@ def test_memory_on_a_gpu_at_the_papers_size_is_what_the_plan_says(gpu, monkeypat
         name: (work, there) for name, _, _, _, work, there in bench.phases(
             args, [16, 1], 1000, 16, 8, gpus=4, device=device)}
     planned = phases("meta")
-    for name, (work, there) in phases(gpu).items():
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        work()
-        plan = bench.cost(planned[name][0])[1] + sum(
-            t.nbytes for t in bench.tensors(planned[name][1]))
-        on_gpu.append((name, torch.cuda.max_memory_allocated() / plan))
+    for name, (work, _) in phases(gpu).items():
+        work()                                              # momentum is there
+        on_gpu.append((name, bench.memory_added(work) / bench.cost(planned[name][0])[1]))
     assert all(ratio < 1.25 for _, ratio in on_gpu), on_gpu
 
 
