@@ -93,7 +93,7 @@ class BatchNormMatching:
     def __call__(self, x):
         """Logits of images, and the statistics (2, all channels) of what every layer was given."""
         logits = self.model(x)
-        return logits, together([layer.statistics for layer in self.layers])
+        return logits, together([vars(layer).pop("statistics") for layer in self.layers])
 
     def loss(self, statistics, name=None, B=1):
         """The distance of statistics of B images, which take the place of the part of that name; a
