@@ -12,6 +12,7 @@ median of the pairs and their lowest and highest. Any flag of train.py may follo
 import argparse
 import contextlib
 import copy
+import gc
 import inspect
 import io
 import itertools
@@ -47,7 +48,7 @@ import train
 from distill import hrhf_loss
 from eval import evaluate
 from fakes import multi_hot, synthesize
-from fast import in_bands
+from fast import captured, in_bands
 from methods import METHODS
 from model import DeepLabV3, upsample
 from seginversion import invert, stages
@@ -182,7 +183,7 @@ class PublishedMatching(seginversion.BatchNormMatching):
         var = inputs[0].permute(1, 0, 2, 3).contiguous().view(len(mean), -1).var(1, unbiased=False)
         layer.distance = (layer.running_var - var).norm() + (layer.running_mean - mean).norm()
 
-    def __call__(self, x):
+    def forward(self, x):
         return self.model(x), torch.zeros(())
 
     def loss(self, *_):
@@ -198,9 +199,10 @@ def published(*args, **options):
 
 def bare(model, targets, r, sizes, steps):
     x = torch.randn(len(targets), 3, *2 * sizes, device=DEVICE, requires_grad=True)
+    network = captured(lambda x: model(x), x)
     for _ in range(steps):
         x.grad = None
-        model(x).sum().backward()
+        network(x).sum().backward()
 
 
 def inversion(cases=(("mobilenet_v2", 16, 128, 6), ("resnet50", 16, 128, 2))):
@@ -229,6 +231,7 @@ def equal_fakes(backbone="mobilenet_v2", B=16, size=128, large="resnet101", tent
     yield (f"| **{B} fakes of {size} x {size}, {backbone}: folder's way / the paper's** ({DEVICE}) "
            "| | | |")
     torch.manual_seed(0)
+    tenth = 1 if DEVICE == "cuda" else tenth                # there a capture would count ten times
     model = DeepLabV3(backbone, [21]).to(DEVICE).eval().requires_grad_(False)
     of = lambda dataset: train.inversion(train.parse(
         f"--dataset {dataset} --task 1-1 --crop {size}".split()))
@@ -420,25 +423,26 @@ def cost(work):
     return flops, memory.peak
 
 
-def phases(args, classes, count, fakes, test_images, gpus, device="meta"):
+def phases(args, classes, count, fakes, test_images, gpus, device="meta", steps=1):
     """The phases of a step: name, images, passes of the network on all GPUs together and on the
     busiest one; such a pass as a call, and what is there beside it.
 
-    classes: outputs of every step so far; count, fakes: images of each kind
+    classes: outputs of every step so far; count, fakes: images of each kind; steps: passes in a
+    call of SegInversion
     """
     _, iterations = train.step_length(args, len(classes) - 1, count)
     student, teacher = networks(args.backbone, classes, device)
     weights = [net.state_dict() for net in (student, teacher) if net]
     if fakes and args.fake == "seginversion":
         options, together = train.inversion(args), max(16, args.fake_batch)
-        B, steps = min(args.fake_batch, fakes), stages(options["sizes"], options["steps"])
+        B, order = min(args.fake_batch, fakes), stages(options["sizes"], options["steps"])
         # a GPU makes whole batches of fakes, each in parts of B
         busiest = math.ceil(fakes / together / gpus) * math.ceil(min(fakes, together) / B)
         for size in options["sizes"]:
             work = partial(invert, teacher, multi_hot([[]] * B, sum(classes[:-1])), 1.0,
-                           **options | {"steps": 1, "sizes": [size]})
-            yield (f"SegInversion at {size}", fakes, fakes / B * steps.count(size),
-                   busiest * steps.count(size), work, weights[1])
+                           **options | {"steps": steps, "sizes": [size]})
+            yield (f"SegInversion at {size}", fakes, fakes / B * order.count(size),
+                   busiest * order.count(size), work, weights[1])
     objective = METHODS[args.method].objective_of(student, teacher, args.lam)
     loss, local = objective.loss, args.batch_size // gpus
     iteration, kept = training_iteration(loss, student, local, args.crop, device)
@@ -507,22 +511,26 @@ def plan(args, gpus, tflops):
 # ---------------------------------------------------------------------------------------- a GPU
 
 def memory_added(work):
-    """Bytes that a call needs on the GPU at its most, beside what was there."""
+    """Bytes that torch asks the GPU for in a call, at most, beside what it had."""
+    gc.collect()
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_reserved()
     work()
-    return torch.cuda.max_memory_allocated() - before
+    return torch.cuda.max_memory_reserved() - before
 
 
 def on_gpu(command="--dataset voc --task 15-1 --pretrained none", gpus=4):
     """The phases of step 1 at the paper's size on this GPU, as one of `gpus`."""
     args, classes, counts = train.parse(command.split()), [16, 1], [0, 500]
     fakes = train.number_of_fakes(args, 1, counts, [range(15), range(1)])
-    of = lambda device: phases(args, classes, counts[1], fakes, 1449, gpus, device)
+    steps = 40 if DEVICE == "cuda" else 1                   # enough for a CUDA graph
+    of = lambda device, steps: phases(args, classes, counts[1], fakes, 1449, gpus, device, steps)
     yield f"| **Step 1 of `{command}` on one of {gpus} GPUs** ({DEVICE}) | | | |"
-    for (name, *_, work, there), (*_, planned, kept) in zip(of(DEVICE), of("meta")):
+    for (name, *_, work, there), (*_, planned, kept) in zip(of(DEVICE, steps), of("meta", 1)):
         flops, nbytes = cost(planned)
-        half = torch.autocast(DEVICE, torch.bfloat16)(work)
+        flops *= steps if "SegInversion" in name else 1
+        half = torch.autocast(DEVICE, torch.bfloat16, cache_enabled=False)(work)
         t = alternate({"float32": work, "bfloat16": half})
         sustained = [flops / seconds / 1e12 for seconds in t["float32"]]
         yield row(f"{name}: TFLOP/s sustained in float32 (bench.py --plan --tflops)", sustained,

@@ -152,10 +152,14 @@ class MeasuredBatchNorm2d(nn.BatchNorm2d):
 
 
 def captured(network, x):
-    """A network, images like x -> tensors, for many passes and gradients to x: on a GPU one CUDA
-    graph each way, because a small network's kernels end before the host has asked for the next.
+    """On a GPU a function as one CUDA graph each way, for many calls with images like x: a small
+    network's kernels end before the host has asked for the next.
+
+    network: a function (not a module, whose forward would be replaced), images -> tensors. Those
+    are written anew by the next call, before which backward() must have been called.
     """
     if not x.is_cuda:
         return network
-    gc.collect()                            # an old graph that is freed during a capture ends it
-    return torch.cuda.make_graphed_callables(network, (torch.zeros_like(x).requires_grad_(),))
+    gc.collect()                    # an old graph's memory; freed in a capture, it would end that
+    with torch.cuda.device(x.device):
+        return torch.cuda.make_graphed_callables(network, (torch.zeros_like(x).requires_grad_(),))

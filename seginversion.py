@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from data import MEAN, STD
-from fast import MeasuredBatchNorm2d, captured
+from fast import MeasuredBatchNorm2d, captured, float32
 from saa import scale_aware_aggregation
 
 
@@ -59,7 +59,7 @@ class BatchNormMatching:
 
         with BatchNormMatching(model) as matching:
             logits, statistics = matching(x)
-            loss = matching.loss(statistics)            # of x; in parts:
+            loss = matching.loss(statistics)            # of x; or, throughout,
             loss = matching.loss(statistics, "a", 4)    # of these 4 images and of all other parts
                                                         # as they were when last seen
     """
@@ -69,12 +69,10 @@ class BatchNormMatching:
         self.layers = [m for m in model.modules()
                        if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.parts = {}                     # name -> images, and statistics (2, all channels)
+        self.graphs = {}                    # shape -> forward() as a CUDA graph
 
     def __enter__(self):
-        self.classes = [type(layer) for layer in self.layers]
-        for layer in self.layers:
-            layer.__class__ = MeasuredBatchNorm2d
-            layer.scale = (layer.running_var + layer.eps).rsqrt() * layer.weight
+        scales = [(m.running_var + m.eps).rsqrt() * m.weight for m in self.layers]
         self.remembered = together([(m.running_mean, m.running_var) for m in self.layers])
         L, device = len(self.layers), self.remembered.device
         widths = torch.tensor([m.num_features for m in self.layers], dtype=torch.int64)
@@ -82,6 +80,9 @@ class BatchNormMatching:
         self.sums = (self.layer_of[:, None] == torch.arange(L, device=device)).to(self.remembered)
         w = torch.tensor([self.first] + [1.0] * L)[:L].to(self.remembered)
         self.weights = (w / w.sum())[self.layer_of]
+        self.classes = [type(layer) for layer in self.layers]
+        for layer, layer.scale in zip(self.layers, scales):
+            layer.__class__ = MeasuredBatchNorm2d
         return self
 
     def __exit__(self, *_):
@@ -92,30 +93,35 @@ class BatchNormMatching:
 
     def __call__(self, x):
         """Logits of images, and the statistics (2, all channels) of what every layer was given."""
+        return self.graphs.get(x.shape, self.forward)(x)
+
+    def forward(self, x):
         logits = self.model(x)
         return logits, together([vars(layer).pop("statistics") for layer in self.layers])
+
+    def capture(self, parts):
+        """Prepare for many passes of images like these, each as costly as a few: fast.captured."""
+        self.graphs = {}
+        for x in {x.shape: x for x in parts}.values():
+            self.graphs[x.shape] = captured(self.forward, x)
 
     def loss(self, statistics, name=None, B=1):
         """The distance of statistics of B images, which take the place of the part of that name; a
         scalar that carries gradient to the input.
 
-        With other parts the gradient is that of a mean over all images times (all images / B): the
-        distance stands beside losses that are means over B, and weighs as it does beside a mean
-        over all.
+        With other parts the gradient is the distance's times (all images / B): it stands beside
+        losses that are means over B images, and weighs as it does beside means over all.
         """
         self.parts.pop(name, None)
-        others = [*self.parts.values()]
+        number, of_all = merged([(B, statistics), *self.parts.values()])
         self.parts[name] = B, statistics.detach().clone()   # a CUDA graph writes them anew
-        if others:
-            number, of_all = merged([(B, statistics), *others])
-            scaled = number / B * of_all
-            statistics = scaled + (of_all - scaled).detach()
         # all layers at once: ||far|| = far . unit, and unit is its gradient
-        far = statistics - self.remembered
-        with torch.no_grad():
+        far = of_all - self.remembered
+        with torch.no_grad(), float32(far.device):
             norms = (far.square() @ self.sums).sqrt()                       # (2, L)
             unit = far / norms.clamp(min=1e-30)[:, self.layer_of]
-        return (self.weights * unit * far).sum()
+        distance = (self.weights * unit * far).sum()
+        return distance + (number / B - 1) * (distance - distance.detach())
 
 
 def together(statistics):
@@ -256,6 +262,18 @@ def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
     r = torch.atleast_2d(torch.as_tensor(r, dtype=torch.float64)).expand(len(targets), -1)
     parts, order, size = x.split(part), stages(sizes, steps), None
     targets, scales = targets.to(device).split(part), r.split(part)
+
+    def objective(view, k):
+        """The terms of Eq. 2 for part k."""
+        logits, statistics = matching(view)
+        scores = scale_aware_aggregation(logits, scales[k])                     # (B, C)
+        if scores.shape != targets[k].shape:
+            raise ValueError(f"targets are {tuple(targets[k].shape)}, "
+                             f"but the network scores {tuple(scores.shape)}")
+        return {"cls": classification_loss(scores, targets[k]).mean(),
+                "tv": tv * total_variation(view), "l2": l2 * rms(view),
+                "bn": bn * matching.loss(statistics, k, len(view))}
+
     # deterministic: the same image every time on one machine
     with frozen(model), BatchNormMatching(model) as matching, \
             torch.backends.cudnn.flags(enabled=True, deterministic=True,
@@ -266,24 +284,16 @@ def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
                 optimizer = torch.optim.Adam([x.requires_grad_() for x in parts], lr=lr,
                                              betas=(0.5, 0.9))
                 matching.parts = {"others": others[size]} if others else {}
-                networks = {}                               # the smaller size's memory is free
-                for x in parts if order.count(size) >= 20 else ():  # a capture is a few passes
-                    networks[len(x)] = networks.get(len(x)) or captured(matching, x)
-            x, view = parts[k], random_view(parts[k], generator)
-            logits, statistics = networks.get(len(x), matching)(view)
-            scores = scale_aware_aggregation(logits, scales[k])                 # (B, C)
-            if scores.shape != targets[k].shape:
-                raise ValueError(f"targets are {tuple(targets[k].shape)}, "
-                                 f"but the network scores {tuple(scores.shape)}")
-            terms = {"cls": classification_loss(scores, targets[k]).mean(),
-                     "tv": tv * total_variation(view), "l2": l2 * rms(view),
-                     "bn": bn * matching.loss(statistics, k, len(x))}
+                matching.capture(parts if order.count(size) >= 20 else [])
+            x = parts[k]
+            terms = objective(random_view(x, generator), k)
             optimizer.zero_grad()
             sum(terms.values()).backward()
             x.grad = coloured(x.grad, spectrum)
             optimizer.param_groups[0]["lr"] = lr * warmup_cosine(i, steps)
             optimizer.step()                                # of x alone: others have no gradient
             x.detach().clamp_(low, high)
+            terms = {name: term.detach() for name, term in terms.items()}
             if on_step:
-                on_step(i, {name: term.detach() for name, term in terms.items()})
+                on_step(i, terms)
     return torch.cat(parts).detach()

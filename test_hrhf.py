@@ -329,7 +329,10 @@ def test_batch_norm_matching_is_zero_at_equal_statistics_and_an_error_leaves_no_
     assert loss.item() == 0 and (x.grad == 0).all()
     with pytest.raises(RuntimeError), seginversion.BatchNormMatching(net):
         raise RuntimeError
-    assert type(net[0]) is nn.BatchNorm2d
+    with pytest.raises(TypeError), seginversion.BatchNormMatching(
+            nn.Sequential(net[0], nn.BatchNorm2d(3, affine=False))):
+        pass
+    assert type(net[0]) is nn.BatchNorm2d and vars(net[0]).keys() == vars(nn.BatchNorm2d(3)).keys()
 
 
 def test_statistics_in_parts_are_those_of_all_images_value_and_gradient():
@@ -4366,8 +4369,12 @@ def test_a_captured_network_makes_the_fakes_of_a_plain_one(gpu, monkeypatch):
     make = lambda: seginversion.invert(net, one_hot(1, 2, 3, 1, 2), 5.0, sizes=[32, 48], steps=40,
                                        part=2)
     captured = seginversion.captured
-    monkeypatch.setattr(seginversion, "captured",
-                        lambda network, x: (seen.append(tuple(x.shape)), captured(network, x))[1])
+    def capture(network, x):
+        seen.append(tuple(x.shape))
+        graph = captured(network, x)
+        assert graph is not network
+        return graph
+    monkeypatch.setattr(seginversion, "captured", capture)
     fakes = make()
     assert seen == [(2, 3, 32, 32), (1, 3, 32, 32), (2, 3, 48, 48), (1, 3, 48, 48)]
     monkeypatch.setattr(seginversion, "captured", lambda network, x: network)
@@ -4481,7 +4488,8 @@ def test_memory_on_a_gpu_at_the_papers_size_is_what_the_plan_says(gpu, monkeypat
     args, on_gpu = train.parse("--dataset voc --pretrained none".split()), []
     phases = lambda device: {
         name: (work, there) for name, _, _, _, work, there in bench.phases(
-            args, [16, 1], 1000, 16, 8, gpus=4, device=device)}
+            args, [16, 1], 1000, 16, 8, gpus=4, device=device,
+            steps=1 if device == "meta" else 20)}
     planned = phases("meta")
     for name, (work, _) in phases(gpu).items():
         work()                                              # momentum is there
