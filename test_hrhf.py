@@ -370,6 +370,30 @@ def test_invert_in_parts_is_invert_of_all_where_nothing_but_the_statistics_joins
     assert not torch.equal(make(None, bn=1.0), make(None, bn=1.0, others=others))
 
 
+def test_invert_captures_each_size_and_outlives_tensors_that_the_next_pass_writes_anew(monkeypatch):
+    net, seen = tiny((4,)), []
+    make = lambda steps: seginversion.invert(net, one_hot(1, 2, 3, 1, 2), 5.0, sizes=[16, 32],
+                                             steps=steps, part=2)
+    plain = make(40)
+
+    def captured(network, x):                               # as a CUDA graph does
+        seen.append(tuple(x.shape))
+        last = []
+
+        def replay(view):
+            for tensor in last:
+                tensor.fill_(math.nan)
+            outputs = network(view)
+            last[:] = [tensor.detach() for tensor in outputs]
+            return outputs
+        return replay
+    monkeypatch.setattr(seginversion, "captured", captured)
+    assert torch.equal(make(40), plain)
+    assert seen == [(2, 3, 16, 16), (1, 3, 16, 16), (2, 3, 32, 32), (1, 3, 32, 32)]
+    make(38)                                                # 19 a size: a capture does not pay
+    assert len(seen) == 4
+
+
 def test_invert_enlarges_what_has_become_and_shares_its_steps_out_over_the_sizes(monkeypatch):
     assert seginversion.stages([8, 16, 32], 7) == [8, 8, 16, 16, 32, 32, 32]
     assert seginversion.stages([8, 16, 32], 2) == [16, 32]
