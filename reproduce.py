@@ -4,7 +4,7 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
     python reproduce.py --list                      # every run and a command for it
     python reproduce.py --voc6 data/voc6            # all that have no record yet, then the tables
     python reproduce.py --only 4-1/hrhf/1           # some of them; or figure3, or figure4
-    python reproduce.py --make-voc6 data            # voc6 out of VOC 2012 in data/VOCdevkit
+    python reproduce.py --make data                 # data/voc6 and voc20 out of data/VOCdevkit
 
 A run is a command of train.py. Its record is a line of results/study.jsonl, and a run that has one
 is skipped; an interrupted run goes on where it stopped. Runs of one data set, task and seed share a
@@ -523,35 +523,40 @@ share of the pixels it gets, beside that in real images; judge found and judge I
 and agreement with the inverted network's map, by a Joint network of another seed.""".split("\n")
 
 
-# ----------------------------------------------------------------------------------------- voc6
+# ------------------------------------------------------------------------------ voc6 and voc20
 
-def make_voc6(root, target):
-    """voc6 out of VOC 2012: listed images, short side 192, JPEG quality 90; masks of ids 1 .. 6."""
-    voc, target = Path(root) / "VOCdevkit" / "VOC2012", Path(target)
-    table = [VOC6_CLASSES.index(c) if c in VOC6_CLASSES else 0 for c in data.VOC_CLASSES]
-    table = np.array(table + [0] * (255 - len(table)) + [255], np.uint8)
-    lists = json.loads((HERE / "results" / "voc6.json").read_text())
+def make_photographs(root):
+    """voc6 and voc20 out of the VOC 2012 in `root`, beside it: listed images, short side 192, JPEG
+    quality 90. voc6 is a `folder` with ids 1 .. 6, voc20 has VOC's own layout and ids."""
+    root, keep = Path(root), np.arange(256, dtype=np.uint8)
+    voc = root / "VOCdevkit" / "VOC2012"
     if not (voc / "JPEGImages").is_dir():
-        raise InputError(f"--make-voc6 {root}: no VOC 2012 there ({voc / 'JPEGImages'} is no "
-                         "folder)")
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (target / folder).mkdir(parents=True, exist_ok=True)
-    for split, name in [(split, name) for split, names in lists.items() for name in names]:
-        masks = voc / ("SegmentationClassAug" if split == "train" else "SegmentationClass")
-        image = data.read_image(voc / "JPEGImages" / f"{name}.jpg")
-        mask = Image.fromarray(table[np.array(data.read_mask(masks / f"{name}.png"))])
-        size = [round(side * 192 / min(image.size)) for side in image.size]
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        mask = mask.resize(size, Image.Resampling.NEAREST)
-        write_atomically(target / "JPEGImages" / f"{name}.jpg",
-                         lambda p: image.save(p, "JPEG", quality=90))
-        write_atomically(target / "SegmentationClass" / f"{name}.png",
-                         lambda p: mask.save(p, "PNG"))
-    texts = {f"ImageSets/Segmentation/{split}.txt": names for split, names in lists.items()}
-    for path, names in {**texts, "classes.txt": VOC6_CLASSES}.items():
-        (target / path).write_text("".join(f"{name}\n" for name in names))
-    numbers = ", ".join(f"{len(names)} {split}" for split, names in lists.items())
-    print(f"{numbers} images in {target}")
+        raise InputError(f"--make {root}: no VOC 2012 there ({voc / 'JPEGImages'} is no folder)")
+    six = np.array([VOC6_CLASSES.index(c) if c in VOC6_CLASSES else 0 for c in data.VOC_CLASSES]
+                   + [0] * (255 - len(data.VOC_CLASSES)) + [255], np.uint8)
+    for name, table, target in (("voc6", six, root / "voc6"),
+                                ("voc20", keep, root / "voc20" / "VOCdevkit" / "VOC2012")):
+        lists = json.loads((HERE / "results" / f"{name}.json").read_text())
+        for split, names in lists.items():
+            masks = "SegmentationClass" if split == "val" else "SegmentationClassAug"
+            made = target / ("SegmentationClass" if name == "voc6" else masks)
+            for folder in (target / "JPEGImages", made, target / "ImageSets/Segmentation"):
+                folder.mkdir(parents=True, exist_ok=True)
+            for each in names:
+                image = data.read_image(voc / "JPEGImages" / f"{each}.jpg")
+                mask = Image.fromarray(table[np.array(data.read_mask(voc / masks / f"{each}.png"))])
+                size = [round(side * 192 / min(image.size)) for side in image.size]
+                image = image.resize(size, Image.Resampling.BICUBIC)
+                mask = mask.resize(size, Image.Resampling.NEAREST)
+                write_atomically(target / "JPEGImages" / f"{each}.jpg",
+                                 lambda p: image.save(p, "JPEG", quality=90))
+                write_atomically(made / f"{each}.png", lambda p: mask.save(p, "PNG"))
+            (target / f"ImageSets/Segmentation/{split}.txt").write_text(
+                "".join(f"{each}\n" for each in names))
+        if name == "voc6":
+            (target / "classes.txt").write_text("".join(f"{c}\n" for c in VOC6_CLASSES))
+        numbers = ", ".join(f"{len(names)} {split}" for split, names in lists.items())
+        print(f"{numbers} images in {root / name}")
 
 
 def check_voc6(args):
@@ -562,8 +567,7 @@ def check_voc6(args):
         wanted[f"ImageSets/Segmentation/{split}.txt"] = names
     for path, words in wanted.items():
         if not (root / path).is_file() or (root / path).read_text().split() != words:
-            raise InputError(f"--voc6 {root}: not voc6 ({root / path} differs); --make-voc6 makes "
-                             "it")
+            raise InputError(f"--voc6 {root}: not voc6 ({root / path} differs); --make makes it")
     if args.weights != "imagenet":
         try:
             digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
@@ -585,7 +589,8 @@ def parse(argv=None):
     a("--voc6", default="data/voc6", help="where voc6 is")
     a("--weights", default="imagenet", help="of MobileNetV2; torchvision's file saves a download")
     a("--runs", default="runs/study", help="folder of the runs")
-    a("--make-voc6", metavar="DATA_ROOT", help="make --voc6 out of the VOC 2012 there")
+    a("--make", metavar="DATA_ROOT", help="make voc6, and voc20 of the trials, beside the VOC 2012 "
+      "there")
     return parser.parse_args(argv)
 
 
@@ -601,8 +606,8 @@ def write_tables(path):
 
 def main(argv=None):
     args = parse(argv)
-    if args.make_voc6:
-        return make_voc6(args.make_voc6, args.voc6)
+    if args.make:
+        return make_photographs(args.make)
     place = Place({"shapes": "data", "voc6": args.voc6}, args.weights, Path(args.runs),
                   HERE / "results" / "study.jsonl")
     runs = {run.name: run for runs in ([judge(name) for name in SETTINGS], *study().values())

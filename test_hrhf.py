@@ -4256,12 +4256,12 @@ def test_the_study_s_photographs_and_weights_are_those_of_its_records(finished, 
                           ("no.pth", "no.pth: No such")):
         with pytest.raises(InputError, match=text):
             check(str(tmp_path / "voc6"), "--weights", str(tmp_path / weights))
-    with pytest.raises(InputError, match="--make-voc6 .*: no VOC 2012 there"):
-        reproduce.main(["--make-voc6", str(tmp_path), "--voc6", str(tmp_path / "made")])
+    with pytest.raises(InputError, match="--make .*made: no VOC 2012 there"):
+        reproduce.main(["--make", str(tmp_path / "made")])
     assert not (tmp_path / "made").exists()
 
 
-def test_voc6_is_made_out_of_voc_2012(tmp_path, monkeypatch):
+def test_voc6_and_voc20_are_made_out_of_voc_2012(tmp_path, monkeypatch):
     voc = tmp_path / "VOCdevkit/VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
         (voc / folder).mkdir(parents=True)
@@ -4275,21 +4275,27 @@ def test_voc6_is_made_out_of_voc_2012(tmp_path, monkeypatch):
                                 np.uint8)).save(voc / "JPEGImages" / f"{name}.jpg")
     (tmp_path / "results").mkdir()
     (tmp_path / "results/voc6.json").write_text('{"train": ["a"], "val": ["b"]}')
+    (tmp_path / "results/voc20.json").write_text('{"train_aug": ["a"], "val": ["b"]}')
     monkeypatch.setattr(reproduce, "HERE", tmp_path)
-    reproduce.main(["--make-voc6", str(tmp_path), "--voc6", str(tmp_path / "voc6")])
+    reproduce.main(["--make", str(tmp_path)])
     for split in ("train", "val"):
-        made = data.load("folder", tmp_path / "voc6", split)
-        assert made.classes == "background cat cow dog horse person sheep".split()
-        image, mask = made.read(0)
-        assert image.size == mask.size == (256, 192)
-        assert [np.array(mask)[100, 16 + 32 * k] for k in range(8)] == [1, 2, 3, 4, 5, 6, 255, 0]
+        six, twenty = (data.load(kind, tmp_path / name, split)
+                       for kind, name in (("folder", "voc6"), ("voc", "voc20")))
+        assert six.classes == "background cat cow dog horse person sheep".split()
+        for made, expected in ((six, [1, 2, 3, 4, 5, 6, 255, 0]),
+                               (twenty, [8, 10, 12, 13, 15, 17, 255, 1])):
+            assert len(made.images) == 1
+            image, mask = made.read(0)
+            assert image.size == mask.size == (256, 192)
+            assert [np.array(mask)[100, 16 + 32 * k] for k in range(8)] == expected
 
 
 @real_data
-def test_the_committed_lists_of_voc6_are_those_of_the_real_one():
-    for split, ids in json.loads((HERE / "results/voc6.json").read_text()).items():
-        listing = SHARED / f"data/voc6/ImageSets/Segmentation/{split}.txt"
-        assert ids == listing.read_text().split()
+def test_the_committed_lists_of_voc6_and_voc20_are_those_of_the_real_ones():
+    for name, where in (("voc6", "voc6"), ("voc20", "voc20/VOCdevkit/VOC2012")):
+        for split, ids in json.loads((HERE / f"results/{name}.json").read_text()).items():
+            listing = SHARED / f"data/{where}/ImageSets/Segmentation/{split}.txt"
+            assert ids == listing.read_text().split()
 
 
 def test_the_command_that_the_list_shows_does_what_the_study_does(small_study, monkeypatch, capsys):
