@@ -100,7 +100,7 @@ class BatchNormMatching:
         return logits, together([vars(layer).pop("statistics") for layer in self.layers])
 
     def capture(self, parts):
-        """Prepare for many passes of images like these, each as costly as a few: fast.captured."""
+        """Make graphs for images like these (fast.captured); one costs a few passes."""
         self.graphs = {}
         for x in {x.shape: x for x in parts}.values():
             self.graphs[x.shape] = captured(self.forward, x)
