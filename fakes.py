@@ -13,7 +13,6 @@ network's own segmentation underneath. A folder of fakes holds
     plan.json           the settings, and a digest of the network
 """
 import functools
-import gc
 import json
 import math
 import time
@@ -142,7 +141,6 @@ def synthesize(model, folder, num_images, *, sizes, batch_size=16, r="random", s
             report({"batch": b // world.size, "of": b // world.size + 1 + left, **terms,
                     "eta": seconds * left,
                     "images/s": world.size * len(asked[images]) / seconds})
-    gc.collect()                                            # the last batch's CUDA graphs
     world.barrier()
     if world.rank == 0:
         for b in batches:

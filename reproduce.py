@@ -526,16 +526,19 @@ and agreement with the inverted network's map, by a Joint network of another see
 # ------------------------------------------------------------------------------ voc6 and voc20
 
 def make_photographs(root):
-    """voc6 and voc20 out of the VOC 2012 in `root`, beside it: listed images, short side 192, JPEG
-    quality 90. voc6 is a `folder` with ids 1 .. 6, voc20 has VOC's own layout and ids."""
+    """voc6 and voc20 out of the VOC 2012 in `root`, beside it: listed images, short side at most
+    192. voc6 is a `folder` with ids 1 .. 6, voc20 has VOC's own layout and ids."""
     root, keep = Path(root), np.arange(256, dtype=np.uint8)
     voc = root / "VOCdevkit" / "VOC2012"
-    if not (voc / "JPEGImages").is_dir():
-        raise InputError(f"--make {root}: no VOC 2012 there ({voc / 'JPEGImages'} is no folder)")
+    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
+        if not (voc / folder).is_dir():
+            raise InputError(f"--make {root}: no VOC 2012 there ({voc / folder} is no folder); "
+                             f"python data.py voc --data-root {root}")
     six = np.array([VOC6_CLASSES.index(c) if c in VOC6_CLASSES else 0 for c in data.VOC_CLASSES]
                    + [0] * (255 - len(data.VOC_CLASSES)) + [255], np.uint8)
-    for name, table, target in (("voc6", six, root / "voc6"),
-                                ("voc20", keep, root / "voc20" / "VOCdevkit" / "VOC2012")):
+    for name, table, quality, target in (
+            ("voc6", six, 90, root / "voc6"),
+            ("voc20", keep, 88, root / "voc20" / "VOCdevkit" / "VOC2012")):
         lists = json.loads((HERE / "results" / f"{name}.json").read_text())
         for split, names in lists.items():
             masks = "SegmentationClass" if split == "val" else "SegmentationClassAug"
@@ -545,11 +548,12 @@ def make_photographs(root):
             for each in names:
                 image = data.read_image(voc / "JPEGImages" / f"{each}.jpg")
                 mask = Image.fromarray(table[np.array(data.read_mask(voc / masks / f"{each}.png"))])
-                size = [round(side * 192 / min(image.size)) for side in image.size]
+                scale = min(1, 192 / min(image.size))
+                size = [round(side * scale) for side in image.size]
                 image = image.resize(size, Image.Resampling.BICUBIC)
                 mask = mask.resize(size, Image.Resampling.NEAREST)
                 write_atomically(target / "JPEGImages" / f"{each}.jpg",
-                                 lambda p: image.save(p, "JPEG", quality=90))
+                                 lambda p: image.save(p, "JPEG", quality=quality))
                 write_atomically(made / f"{each}.png", lambda p: mask.save(p, "PNG"))
             (target / f"ImageSets/Segmentation/{split}.txt").write_text(
                 "".join(f"{each}\n" for each in names))
@@ -606,7 +610,7 @@ def write_tables(path):
 
 def main(argv=None):
     args = parse(argv)
-    if args.make:
+    if args.make is not None:
         return make_photographs(args.make)
     place = Place({"shapes": "data", "voc6": args.voc6}, args.weights, Path(args.runs),
                   HERE / "results" / "study.jsonl")

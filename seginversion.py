@@ -12,6 +12,7 @@ SegInversion (paper, Sec. 3.2): images of the old classes, drawn out of the old 
 A folder full of such images, and the paper's Figure 3, are made in fakes.py.
 """
 import contextlib
+import gc
 import itertools
 import math
 
@@ -90,6 +91,9 @@ class BatchNormMatching:
             layer.__class__ = kind
             for name in ("scale", "statistics"):
                 vars(layer).pop(name, None)
+        if self.graphs:                     # a forked loader that frees a CUDA graph dies of it
+            self.graphs = {}
+            gc.collect()
 
     def __call__(self, x):
         """Logits of images, and the statistics (2, all channels) of what every layer was given."""
@@ -100,7 +104,7 @@ class BatchNormMatching:
         return logits, together([vars(layer).pop("statistics") for layer in self.layers])
 
     def capture(self, parts):
-        """Make graphs for images like these (fast.captured); one costs a few passes."""
+        """Make graphs for images like these: fast.captured."""
         self.graphs = {}
         for x in {x.shape: x for x in parts}.values():
             self.graphs[x.shape] = captured(self.forward, x)
@@ -284,7 +288,7 @@ def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
                 optimizer = torch.optim.Adam([x.requires_grad_() for x in parts], lr=lr,
                                              betas=(0.5, 0.9))
                 matching.parts = {"others": others[size]} if others else {}
-                matching.capture(parts if order.count(size) >= 20 else [])
+                matching.capture(parts if order.count(size) >= 20 else [])     # costs a few passes
             x = parts[k]
             terms = objective(random_view(x, generator), k)
             optimizer.zero_grad()
@@ -293,7 +297,7 @@ def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
             optimizer.param_groups[0]["lr"] = lr * warmup_cosine(i, steps)
             optimizer.step()                                # of x alone: others have no gradient
             x.detach().clamp_(low, high)
-            terms = {name: term.detach() for name, term in terms.items()}
+            terms = {name: term.detach() for name, term in terms.items()}       # no graph is kept
             if on_step:
                 on_step(i, terms)
     return torch.cat(parts).detach()
