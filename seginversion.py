@@ -297,7 +297,7 @@ def invert(model, targets, r, *, sizes, steps=1000, part=None, lr=0.25, seed=0,
             optimizer.param_groups[0]["lr"] = lr * warmup_cosine(i, steps)
             optimizer.step()                                # of x alone: others have no gradient
             x.detach().clamp_(low, high)
-            terms = {name: term.detach() for name, term in terms.items()}       # no graph is kept
+            terms = {name: term.detach() for name, term in terms.items()}   # frees autograd's graph
             if on_step:
                 on_step(i, terms)
     return torch.cat(parts).detach()
