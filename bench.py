@@ -468,10 +468,9 @@ def inversion_flops(args, classes, counts, steps):
 
 
 def cheaper(args):
-    """The same run with SegInversion as folder has it and --reuse-fakes; the flags for that."""
-    ours = train.DATASET_DEFAULTS["folder"] | {"reuse_fakes": True}
-    flags = " ".join(f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
-                     for name, value in ours.items())
+    """The same run with SegInversion as folder has it; the flags for that."""
+    ours = dict(train.DATASET_DEFAULTS["folder"])
+    flags = train.spelled(ours)
     ours["fake_sizes"] = train.parse_sizes(ours["fake_sizes"], args.crop)
     return argparse.Namespace(**vars(args) | ours), flags
 
@@ -499,8 +498,8 @@ def plan(args, gpus, tflops):
             yield (f"| {step} | {name} | {images} | {busiest} | {flops / 1e15:.4g} "
                    f"| {nbytes / 1e9:.3g} | {hours:.2f} |")
     yield f"| all | | | | {all_flops / 1e15:.4g} | | {all_hours:.2f} |\n"
-    if theirs := inversion_flops(args, classes, counts, steps):
-        ours, flags = cheaper(args)
+    ours, flags = cheaper(args)
+    if ours != args and (theirs := inversion_flops(args, classes, counts, steps)):
         yield (f"SegInversion: {theirs / 1e15:.4g} PFLOP; with `{flags}` "
                f"{inversion_flops(ours, classes, counts, steps) / 1e15:.4g}.\n")
     yield ("FLOPs: torch's counter (convolutions and products of matrices, a multiplication and an "

@@ -383,7 +383,7 @@ class View(torch.utils.data.Dataset):
             image = read_image(self.fakes[position - len(self.indices)])
             mask = torch.zeros(image.size[::-1], dtype=torch.uint8)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)       # torch.manual_seed is for all devices
             image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)
 

@@ -48,12 +48,13 @@ from seginversion import stages
 DATASET_DEFAULTS = {
     "voc": {"task": "15-1"},
     "ade": {"task": "100-50", "epochs": 60},
-    "folder": {"fake_steps": 190, "fake_sizes": "1/3,2/3,1", "spectrum": 1.0, "tv": 0.3,
-               "bn": 10.0},
+    "folder": {"fake_steps": 190, "fake_sizes": "1/3,2/3,1", "reuse_fakes": True, "spectrum": 1.0,
+               "tv": 0.3, "bn": 10.0},
     "shapes": {                                             # sizes for a laptop's CPU
         "task": "15-1", "backbone": "tiny", "pretrained": "none", "crop": 64, "workers": 1,
         "epochs0": 14, "epochs": 12, "lr0": 0.1, "lr": 0.03, "num_fakes": 64, "fake_classes": 1,
-        "fake_steps": 100, "spectrum": 1.0, "tv": 2.0, "bn": 3.0},
+        "fake_steps": 95, "fake_sizes": "1/2,1", "reuse_fakes": True, "spectrum": 1.0, "tv": 2.0,
+        "bn": 3.0},
 }
 
 # --small: a few hundred pictures on a CPU or one GPU, minutes a step
@@ -131,8 +132,9 @@ def parser():
     a("--fake-steps", type=int, default=1000, help="optimisation steps of an inversion")
     a("--fake-sizes", default="1", help="from coarse to fine, in pixels (128,256,512) or shares of "
       "--crop (1/4,1/2,1); the steps are shared out evenly over them")
-    a("--reuse-fakes", action="store_true", help="a step makes fakes of the classes of the step "
-      "before it alone, and takes the others from the earlier steps")
+    a("--reuse-fakes", action=argparse.BooleanOptionalAction, default=False,
+      help="a step makes fakes of the classes of the step before it alone, and takes the others "
+      "from the earlier steps. Ours, for folder and shapes")
     a("--fake-lr", type=float, default=0.25, help="lower it if small fakes come out saturated")
     a("--tv", type=float, default=0.355, help="weight of the total variation; raise it if fakes "
       "are noisy. DeepInversion's for voc and ade; ours for folder: 0.3")
@@ -209,9 +211,15 @@ def off_default(args):
     harmless = "setting data_root out step0 seed workers amp".split()
     off = {name: value for name, value in vars(args).items()
            if name not in harmless and value != getattr(usual, name)}
+    return spelled(off)
+
+
+def spelled(settings):
+    """Settings as flags."""
     text = lambda value: ",".join(map(str, value)) if isinstance(value, list) else value
-    return " ".join(f"--{name.replace('_', '-')}" + f" {text(value)}" * (value is not True)
-                    for name, value in off.items())
+    return " ".join(f"--{'no-' * (value is False)}{name.replace('_', '-')}"
+                    + f" {text(value)}" * (not isinstance(value, bool))
+                    for name, value in settings.items())
 
 
 def batch_parts(args, step):
@@ -372,11 +380,13 @@ def inversion(args):
 
 def old_images(teacher, step, task, args, run, world):
     """Paths of the images that stand for the old classes in this step's mini-batches."""
-    number = number_of_fakes(args, step, [*map(len, task.images)], task.steps)
+    counts = [*map(len, task.images)]
+    *before, number = (number_of_fakes(args, t, counts, task.steps) for t in range(step + 1))
     folder, seed = run.fakes(step), derive_seed(args.seed, step, 2)
     if not number:
         return []
-    if args.fake == "real":
+    if args.fake == "real":                                 # as many as fakes would be there
+        number += sum(before) if args.reuse_fakes else 0
         seen = sorted(set().union(*task.images[:step]))
         return replay(task.train_set, seen, folder, number, size=args.crop, seed=seed, world=world)
     options = inversion(args)
