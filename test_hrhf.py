@@ -2529,7 +2529,9 @@ def test_reused_fakes_are_as_many_a_class_as_in_the_first_step(fakes_of_step_1, 
     args = train.parse(["--num-fakes", str(fakes_of_step_1), "--fake-batch", "4", "--reuse-fakes"])
     steps = [[0] * n for n in sizes]
     assert [train.number_of_fakes(args, t, [100] * 3, steps) for t in range(3)] == expected
-    assert train.number_of_fakes(args, 2, [100, 100, 0], steps) == 0
+    assert train.number_of_fakes(args, 2, [100, 100, 0], steps) == expected[2]  # in a smoke run
+    assert train.number_of_fakes(args, 0, [100, 100, 0], steps) == 0
+    assert train.number_of_fakes(train.parse(["--no-reuse-fakes"]), 2, [9, 9, 0], steps) == 0
 
 
 def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch):
@@ -2718,6 +2720,10 @@ def test_finished_steps_copied_into_another_run_folder_are_built_upon(finished, 
     (tmp_path / "run").mkdir()
     for name in ("step-0.pth", "step-0.json", "step-1.pth", "step-1.json"):
         (tmp_path / "run" / name).write_bytes((finished / "run" / name).read_bytes())
+    with pytest.raises(InputError, match="fakes-step-1 holds no finished .*; copy it from where "
+                                         "step-1.pth is from, or .* with --no-reuse-fakes"):
+        train_on(finished, tmp_path / "run", "--epochs 2 --lam 0")
+    shutil.copytree(finished / "run/fakes-step-1", tmp_path / "run/fakes-step-1")
     train_on(finished, tmp_path / "run", "--epochs 2 --lam 0")
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert {line["step"] for line in log if "step" in line} == {2}
@@ -2763,7 +2769,10 @@ def test_a_step_without_images_is_refused_before_training_but_passed_over_in_a_s
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "warning" in line] == [2] and "unicorn" in str(log)
     assert model.load_model(tmp_path / "run/step-3.pth")[0].classes_per_step == [2, 1, 1, 1]
-    assert (tmp_path / "run/fakes-step-3").exists() and not (tmp_path / "run/fakes-step-2").exists()
+    made = lambda run: sorted(path.name for path in tmp_path.glob(f"{run}/fakes-step-?"))
+    assert made("run") == ["fakes-step-1", "fakes-step-2", "fakes-step-3"]      # for later steps
+    train.main(f"{command}-anew --max-iters 1 --no-reuse-fakes".split())
+    assert made("run-anew") == ["fakes-step-1", "fakes-step-3"]
 
 
 def test_a_weight_that_is_not_finite_after_the_last_iteration_is_not_saved(
@@ -2843,7 +2852,8 @@ def test_the_recipe_is_mibs_and_every_step_has_the_right_teacher_seeds_and_numbe
     assert [number for number, _ in pools] == [8, 8]        # 5, rounded up to whole batches of 4
     assert all(options["steps"] == options["spectrum"] == 0 for _, options in pools)
     assert pools[0][1]["seed"] != pools[1][1]["seed"]
-    assert [a[:4] for a in loaders] == [(8, 0, 4, 0), (8, 8, 2, 2), (8, 8, 2, 2)]
+    # fakes of step 1 are there in step 2, too
+    assert [a[:4] for a in loaders] == [(8, 0, 4, 0), (8, 8, 2, 2), (8, 16, 2, 2)]
     assert len({a[5] for a in loaders}) == 3
 
 
@@ -3921,7 +3931,8 @@ PLANNED = ("--dataset voc --task 15-1 --data-root nowhere --backbone tiny --crop
 
 
 def test_the_plan_sums_seginversion_and_a_gpu_makes_whole_batches_of_fakes():
-    args = train.parse("--crop 32 --num-fakes 40 --fake-batch 4 --fake-steps 10".split())
+    args = train.parse("--crop 32 --num-fakes 40 --fake-batch 4 --fake-steps 10 --fake-sizes 1 "
+                       "--no-reuse-fakes".split())
     lines = "\n".join(bench.plan(args, 2, 1e-6)).splitlines()
     rows = [line.split("|") for line in lines if "SegInversion at" in line]
     # three batches of 16, 16 and 8: two on the busiest, in four parts each

@@ -256,12 +256,12 @@ def step_length(args, step, num_images):
 
 def number_of_fakes(args, step, counts, steps):
     """How many fakes are made for a step. counts: training images of each step; steps: classes"""
-    if not (counts[step] and batch_parts(args, step)[1]):
+    if not batch_parts(args, step)[1] or not (counts[step] or args.reuse_fakes):
         return 0
     if args.reuse_fakes and step > 1:           # as many a class as there are of the first classes
         first = number_of_fakes(args, 1, counts, steps)
         return math.ceil(first * len(steps[step - 1]) / len(steps[0]))
-    number = args.num_fakes or min(counts[step], 1024)
+    number = args.num_fakes or max(1, min(counts[step], 1024))
     return math.ceil(number / args.fake_batch) * args.fake_batch
 
 
@@ -324,8 +324,7 @@ def open_task(args, world):
         train_labels, groups, args.setting, ade=args.dataset == "ade", split_dir=args.split_dir,
         joint=joint)
     empty = [step for step, indices in enumerate(images) if not indices]
-    # a smoke run may have few images
-    if empty and (empty[0] == 0 or not args.max_iters or args.reuse_fakes):
+    if empty and (empty[0] == 0 or not args.max_iters):     # a smoke run may have few images
         raise InputError(f"step {empty[0]} of task {args.task} ({args.setting}) has no training "
                          f"images in {args.data_root}")
     return Task(train_set, test_set, train_labels, test_labels, groups,
@@ -395,7 +394,11 @@ def old_images(teacher, step, task, args, run, world):
     earlier, classes = [], None
     if args.reuse_fakes and step > 1:
         for t in range(1, step):
-            earlier += [path for path, _ in read_fakes(run.fakes(t), len(task.names(t - 1)))]
+            try:
+                earlier += [path for path, _ in read_fakes(run.fakes(t), len(task.names(t - 1)))]
+            except InputError as error:
+                raise InputError(f"{error}; copy it from where step-{t}.pth is from, or choose "
+                                 "another --out, with --no-reuse-fakes") from None
         known = len(task.names(step - 1))
         classes = list(range(known - len(task.steps[step - 1]), known))
     with run.timed("seginversion"):
