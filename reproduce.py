@@ -45,7 +45,7 @@ OUR_INVERSION = ("--fake-steps 190 --fake-sizes 1/3,2/3,1 --reuse-fakes --spectr
                  "--bn 10")
 # The schedule of each data set; the same for every method but for the learning rate.
 SETTINGS = {
-    "voc20": f"--dataset voc --small {OUR_INVERSION}",
+    "voc20": f"--dataset voc --small --epochs0 30 --epochs 15 --min-iters 150 {OUR_INVERSION}",
     "voc6": "--dataset folder --small --epochs0 6 --epochs 8",
     "shapes": "--dataset shapes",
 }
