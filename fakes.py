@@ -245,20 +245,27 @@ def replay(dataset, indices, folder, num_images, *, size, seed, world=World()):
 
 # ------------------------------------------------------------- reading, judging and drawing them
 
-def read_fakes(folder, num_classes):
-    """The path of every image of a finished set of fakes, and the old classes it was asked for."""
+def read_fakes(folder, num_classes, **made):
+    """The path of every image of a finished set of fakes, and the old classes it was asked for.
+
+    made: what plan.json must say of how they were made
+    """
     lines, known = read_lines(folder / "manifest.jsonl"), set(range(1, num_classes))
     try:
         fakes = [(folder / name, line["classes"][1:]) for name, line in lines.items()]
-        number = read_json(folder / "plan.json", {"num_images": int})["num_images"]
-        if len(fakes) == number and all(
-                intact(path, lines) and set(classes) <= known
-                and all(type(c) is int for c in classes) for path, classes in fakes):
-            return fakes
+        plan = read_json(folder / "plan.json", {"num_images": int})
+        whole = len(fakes) == plan["num_images"] and all(
+            intact(path, lines) and set(classes) <= known
+            and all(type(c) is int for c in classes) for path, classes in fakes)
     except (LookupError, TypeError, InputError):
-        pass
-    raise InputError(f"{folder} holds no finished set of fakes (plan, manifest or an image is "
-                     "missing or damaged)")
+        whole = False
+    if not whole:
+        raise InputError(f"{folder} holds no finished set of fakes (plan, manifest or an image is "
+                         "missing or damaged)")
+    if differing := [name for name, value in made.items() if plan.get(name) != value]:
+        raise InputError(f"{folder} holds fakes of another network or with other settings "
+                         f"({', '.join(differing)})")
+    return fakes
 
 
 def read_pixels(path):

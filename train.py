@@ -6,8 +6,8 @@ Train one class-incremental task, all its steps in one run (paper, Sec. 3.3 and 
     torchrun --nproc_per_node=8 train.py --task 100-10 --dataset ade --data-root data
 
 Step 0 trains on the first classes. Every later step t inverts the network of step t - 1 into fake
-images of all old classes (seginversion.py), then trains on half-real half-fake batches
-(distill.py). The same command again goes on where it stopped. A run folder holds
+images of old classes (seginversion.py), then trains on half-real half-fake batches (distill.py).
+The same command again goes on where it stopped. A run folder holds
 
     settings.json  log.jsonl  step-<t>.pth  step-<t>.json  fakes-step-<t>/  fakes-step-<t>.png
     predictions.png  results.json  report.html
@@ -37,7 +37,7 @@ import data
 import protocol
 import report
 from eval import evaluate, iou, save_predictions, summarize, table, test_view
-from fakes import parse_r, read_fakes, replay, save_fakes, synthesize
+from fakes import digest, parse_r, read_fakes, replay, save_fakes, synthesize
 from methods import METHODS
 from model import BACKBONES, DeepLabV3, load_model, read_checkpoint, save_model
 from seginversion import stages
@@ -125,7 +125,7 @@ def parser():
       help="scale of Eq. 1: a number, avg, max (Tables 3 and 4), random for every image and class "
       "(Sec. 3.2) or random-image for every image (Sec. 4.4)")
     a("--num-fakes", type=int, help="per step, in whole batches; default: as many as it has real "
-      "images, at most 1024")
+      "images, at most 1024. With --reuse-fakes of step 1, and later ones have as many a class")
     a("--fake-batch", type=int, default=16, help="in one pass of the network; lower it if memory "
       "is short: 16 are matched by their common BatchNorm statistics all the same")
     a("--fake-classes", type=int, default=3, help="most classes in one fake (Figure 3: 1 and 3)")
@@ -394,11 +394,15 @@ def old_images(teacher, step, task, args, run, world):
     earlier, classes = [], None
     if args.reuse_fakes and step > 1:
         for t in range(1, step):
+            inverted, about = load_model(run.checkpoint(t - 1))
             try:
-                earlier += [path for path, _ in read_fakes(run.fakes(t), len(task.names(t - 1)))]
+                there = read_fakes(run.fakes(t), len(about["classes"]), model=digest(inverted),
+                                   r=args.r, most=args.fake_classes, **options)
             except InputError as error:
-                raise InputError(f"{error}; copy it from where step-{t}.pth is from, or choose "
-                                 "another --out, with --no-reuse-fakes") from None
+                raise InputError(f"{error}; copy it from where step-{t}.pth is from, remove all "
+                                 f"from step-{t}.pth on, or choose another --out, with "
+                                 "--no-reuse-fakes") from None
+            earlier += [path for path, _ in there]
         known = len(task.names(step - 1))
         classes = list(range(known - len(task.steps[step - 1]), known))
     with run.timed("seginversion"):
