@@ -55,12 +55,13 @@ TASK = {"voc20": "15-1", "voc6": "3-1", "shapes": "15-1"}   # of the Joint netwo
 # authors' for the importances.
 IMPORTANCES = {f"--method {name}": "--lr 0.001" for name in ("pi", "ewc", "rw")}
 RATES = {"voc20": {"--method mib": "--lr 0.001", **IMPORTANCES},
-         "voc6": {"--method ft": "--lr 0.03", "--method mib": "--lr 0.01"}, "shapes": {}}
+         "voc6": {"--method ft": "--lr 0.03", "--method lwf": "--lr 0.001",
+                  "--method mib": "--lr 0.01"}, "shapes": {}}
 REPLAY = "real_replay"                                  # train.main's argument, no flag of train.py
 FIGURE3 = "--classes cat bus dog horse --r 0.5,5,10 --images 16"
 
-MAIN = {"FT": "--method ft", "MiB": "--method mib", "HRHF": "", "Joint": "--method joint"}
-SOFT = {"LwF": "--method lwf", "ILT": "--method ilt"}
+MAIN = {"FT": "--method ft", "MiB": "--method mib", "HRHF": "", "Joint": "--method joint",
+        "LwF": "--method lwf", "ILT": "--method ilt"}
 OTHERS = {"PI": "--method pi", "EWC": "--method ewc", "RW": "--method rw",
           "LwF-MC": "--method lwf-mc"}
 FULL, BASELINE = "+ SegInversion (HRHF)", "Baseline (no fakes)"
@@ -140,14 +141,13 @@ def study():
         return [Run(dataset, task, setting, row, f"{flags} {rate(flags)}".strip(), seed)
                 for seed in seeds for row, flags in rows.items()]
     one, photographs = SEEDS[:1], [("voc20", task) for task in ("15-1", "15-5", "19-1")]
-    drawn = {"LwF": SOFT["LwF"], **MAIN}
     few = {row: MAIN[row] for row in ("FT", "MiB", "HRHF")}
     return {
         "first": runs(ROWS["first"], "shapes", "15-1", (42,)),
-        "table1": [run for where in photographs for run in runs(MAIN, *where)
-                   + runs(SOFT, *where) + runs(OTHERS, *where, one)]
+        "table1": [run for where in photographs
+                   for run in runs(MAIN, *where) + runs(OTHERS, *where, one)]
         + runs(few, "voc20", "15-1", setting="overlapped")
-        + runs(MAIN, "voc6", "3-1") + runs(drawn, "shapes", "15-1"),
+        + runs(MAIN, "voc6", "3-1") + runs(MAIN, "shapes", "15-1"),
         "table2": [run for where in (*photographs[:2], ("voc6", "3-1"))
                    for run in runs(ROWS["table2"], *where)],
         **{table: [run for where in photographs[:0:-1] for run in runs(ROWS[table], *where)]
