@@ -12,7 +12,6 @@ is skipped; an interrupted run goes on where it stopped. Runs that begin alike s
 are made of the records.
 """
 import argparse
-import hashlib
 import json
 import math
 import shlex
@@ -23,10 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import InputError, Parser, commit, plain_errors, read_json, write_atomically
+from run import (InputError, Parser, check_file, commit, plain_errors, read_json, sha256,
+                 write_atomically)
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import data
 import fakes
@@ -283,43 +283,32 @@ def figure4(place, count=6):
     first = place.runs / figure_runs()["HRHF"].name / "fakes-step-1.png"
     shutil.copyfile(first, place.records.with_name("fakes.png"))
     about = models["HRHF"][1]
-    names, steps = about["classes"], task_steps(TASK["voc20"], len(about["classes"]) - 1)
+    steps = task_steps(TASK["voc20"], len(about["classes"]) - 1)
     test_set = data.load("voc", place.roots["voc20"], "val")
     view = test_view(test_set, test_set.labels(), steps, len(steps) - 1, about["crop"], "voc")
-    panels, shown = [], []
+    panels = []
     for position in np.linspace(0, len(view.indices) - 1, count).astype(int).tolist():
         image, target = view[position, 0]
         predicted = [fakes.segment(model, image[None])[0] for model, _ in models.values()]
         panels += [data.denormalise(image), *predicted, data.colour(target)]
-        shown.append("\n".join(names[c] for c in target.unique().tolist() if 0 < c < 255))
-    path, columns, margin = place.records.with_name("figure4.png"), 2 + len(models), 90
-    data.save_grid(panels, columns, path)
-    grid = Image.open(path).copy()
-    whole = Image.new("RGB", (grid.width + margin, grid.height + 14), "white")
-    whole.paste(grid, (margin, 14))
-    draw = ImageDraw.Draw(whole)
-    for i, text in enumerate(("image", *models, "truth")):
-        draw.text((margin + 4 + i * grid.width // columns, 1), text, "black")
-    for i, text in enumerate(shown):
-        draw.multiline_text((4, 18 + i * grid.height // count), text, "black")
-    write_atomically(path, lambda p: whole.save(p, "PNG"))
+    path = place.records.with_name("figure4.png")
+    data.save_grid(panels, 2 + len(models), path)
 
 
 def curves(records):
-    """{method: [(weight, old, new, is its own)]} in percent; {} while a weight has no record."""
+    """{method: [(weight, old, new)]} in percent; {} while a weight has no record."""
     runs, points = study()["curves"], {}
     if not all(recorded(run, records) for run in runs):
         return {}
     for run in runs:
         (method, weight), record = run.row.split(", "), recorded(run, records)
-        points.setdefault(method, []).append(
-            (weight, 100 * record["old"], 100 * record["new"], "--lam" not in run.flags))
+        points.setdefault(method, []).append((weight, 100 * record["old"], 100 * record["new"]))
     return points
 
 
 def draw_curves(points):
     """An SVG: old (across) against new mIoU in percent."""
-    highest = max(1, *(v for ps in points.values() for p in ps for v in p[1:3]))
+    highest = max(1, *(v for places in points.values() for _, *both in places for v in both))
     side, edge, top = 420, 50, 10 * math.ceil(highest / 10)
     x, y = (lambda v: edge + side * v / top), (lambda v: edge / 2 + side * (1 - v / top))
     text = lambda a, b, anchor, words, more="": (
@@ -336,18 +325,19 @@ def draw_curves(points):
               'text-anchor="middle">mIoU of new classes (%)</text>']
     for i, (method, places) in enumerate(points.items()):
         colour = ("#1f77b4", "#d62728")[i]
-        path = "L".join(f"{x(a):.1f} {y(b):.1f}" for _, a, b, _ in places)
+        path = "L".join(f"{x(a):.1f} {y(b):.1f}" for _, a, b in places)
         more = f' fill="{colour}"'
         lines += [f'<path d="M{path}" stroke="{colour}" fill="none" stroke-width="2"/>',
                   text(x(top) - 6, y(top) + 16 + 16 * i, "end", method, more)]
-        for weight, old, new, own in places:
-            lines += [f'<circle cx="{x(old):.1f}" cy="{y(new):.1f}" r="{7 if own else 4}"{more}/>',
+        for weight, old, new in places:
+            lines += [f'<circle cx="{x(old):.1f}" cy="{y(new):.1f}" r="4"{more}/>',
                       text(x(old) + 8, y(new) - 6, "start", weight, more)]
     return "\n".join([*lines, "</svg>"]) + "\n"
 
 
 # ---------------------------------------------------------------------------------- the tables
 
+MARK = "<!-- from here on written by `python reproduce.py` out of study.jsonl: do not edit -->"
 JUDGED = ("found", "sure", "size", "real size", "judge found", "judge IoU")
 
 
@@ -376,17 +366,22 @@ def columns_of(runs, records):
     return {column: rows for column, rows in columns.items() if any(rows.values())}
 
 
-def compared(table, rows):
-    """What a column's rows say of CLAIMS, on all classes, over the seeds that both rows have.
+def claim_lines(tables):
+    """What the rows say of CLAIMS, on all classes, over the seeds that both have from one step 0.
 
-    Yields claim, verdict, {seed: the two rows' scores}, and the seeds whose step 0 differs.
+    tables: (table, column, rows) each
     """
+    lines = ["| claim | on | verdict | lead in points, by seed |", "|---|---|---|---|"]
     for claim, where, better, worse in CLAIMS:
-        a, b = rows.get(better, {}), rows.get(worse, {})
-        if where == table and (seeds := sorted(a.keys() & b.keys())):
-            scores = {seed: (a[seed]["all"], b[seed]["all"]) for seed in seeds}
-            apart = [seed for seed in seeds if a[seed]["step 0"] != b[seed]["step 0"]]
-            yield claim, verdict(*zip(*scores.values())), scores, apart
+        for table, column, rows in tables:
+            a, b = rows.get(better, {}), rows.get(worse, {})
+            seeds = [seed for seed in sorted(a.keys() & b.keys())
+                     if table == where and a[seed]["step 0"] == b[seed]["step 0"]]
+            ours, theirs = ([100 * row[seed]["all"] for seed in seeds] for row in (a, b))
+            leads = ", ".join(f"{x - y:+.1f}" for x, y in zip(ours, theirs))
+            lines += [f"| {claim} | {' '.join(column).removesuffix(' disjoint')} | "
+                      f"{verdict(ours, theirs)} | {leads} |"] * bool(seeds)
+    return lines
 
 
 def shares_of_joint_and_replay(rows):
@@ -402,7 +397,7 @@ def shares_of_joint_and_replay(rows):
                for s in sorted(full.keys() & none.keys() & real.keys()) if real[s] != none[s]])
 
 
-def table_lines(table, column, rows):
+def table_lines(column, rows):
     lines = [f"| {' '.join(column)} | step 0 | old | new | all | n |", "|---|---|---|---|---|---|"]
     for row, by_seed in rows.items():
         done = list(by_seed.values())
@@ -412,58 +407,26 @@ def table_lines(table, column, rows):
             cells[0] = "-"
         lines.append(f"| {row} | {' | '.join(cells)} | {len(done)} |")
     lines.append("")
-    for claim, outcome, scores, apart in compared(table, rows):
-        gains = ", ".join(f"{100 * (a - b):+.1f} ({seed}{', other step 0' * (seed in apart)})"
-                          for seed, (a, b) in scores.items())
-        ours, theirs = zip(*scores.values())
-        lines.append(f"- {claim}: **{outcome}** ({spread(ours)} against {spread(theirs)}; "
-                     f"by seed: {gains})")
     lines += shares_of_joint_and_replay(rows)
     return lines + [""] * (lines[-1] != "")
-
-
-def at_a_glance(tables):
-    """A line a claim: on which columns it holds or not, and with which mean lead in points.
-
-    tables: (table, column, rows) each
-    """
-    outcomes = ("holds", "undecided", "does not hold")
-    found = {claim: {outcome: [] for outcome in outcomes} for claim, *_ in CLAIMS}
-    for table, column, rows in tables:
-        for claim, outcome, scores, apart in compared(table, rows):
-            lead = 100 * statistics.mean(a - b for a, b in scores.values())
-            notes = [f"n = {len(scores)}"] * (len(scores) != len(SEEDS))
-            notes += [f"other step 0: {seed}" for seed in apart]
-            text = f"{' '.join(column).removesuffix(' disjoint')} {lead:+.1f}"
-            found[claim][outcome].append(text + f" ({', '.join(notes)})" * bool(notes))
-    lines = [f"| claim | {' | '.join(outcomes)} |", "|---|---|---|---|"]
-    return lines + [f"| {claim} | {' | '.join(', '.join(by[o]) for o in outcomes)} |"
-                    for claim, by in found.items() if any(by.values())]
 
 
 def fakes_lines(records):
     """How good the fakes are: a line a step, then a line a class of voc20 15-1."""
     mean = lambda scores, key: statistics.mean(s[key] for s in scores.values())
-    line = lambda name, sets: f"| {name} | " + " | ".join(
-        spread([mean(scores, key) for scores in sets]) for key in JUDGED) + f" | {len(sets)} |"
-    head = lambda title: [f"| {title} | {' | '.join(JUDGED)} | n |", "|---" * 8 + "|"]
-    sets = {}
+    table = lambda title, sets: [f"| {title} | {' | '.join(JUDGED)} | n |", "|---" * 8 + "|", *(
+        f"| {name} | " + " | ".join(spread([mean(scores, key) for scores in several])
+                                    for key in JUDGED) + f" | {len(several)} |"
+        for name, several in sets.items()), ""]
+    steps, classes = {}, {}
     for run in dict.fromkeys(run._replace(row="") for runs in study().values() for run in runs):
         for step, scores in (recorded(run, records) or {}).get("fakes", {}).items():
-            name = f"{run.dataset} {run.task} {run.setting} {run.flags}".strip() + f", step {step}"
-            sets.setdefault(name, []).append(scores)
-    lines = []
-    for title, flagged in (("HRHF's fakes of", False), ("fakes with a flag", True)):
-        rows = [line(name, several) for name, several in sets.items() if ("--" in name) == flagged]
-        lines += [*head(title), *rows, ""] if rows else []
-    all_steps = [scores for name, several in sets.items() for scores in several
-                 if name.startswith("voc20 15-1 disjoint, ")]
-    if all_steps:
-        lines += ["Of every class, over all steps and seeds of HRHF's voc20 15-1 disjoint:",
-                  "", *head("voc20 fakes of")]
-        lines += [line(c, [{c: scores[c]} for scores in all_steps if c in scores])
-                  for c in sorted({name for scores in all_steps for name in scores})] + [""]
-    return lines
+            name = " ".join([*run[:3], f"step {step}", run.flags]).strip()
+            steps.setdefault(name, []).append(scores)
+            for each in scores if run[:5] == ("voc20", "15-1", "disjoint", "", "") else ():
+                classes.setdefault(each, []).append({each: scores[each]})
+    return [*table("fakes of", steps), "Of every class, over all steps and seeds of HRHF's voc20 "
+            "15-1 disjoint:", "", *table("voc20 fakes of", dict(sorted(classes.items())))]
 
 
 def figure3_lines(record):
@@ -479,56 +442,30 @@ def figure3_lines(record):
 
 
 def report(records):
-    """results/README.md as a string: every table, from the records alone."""
+    """The tables of results/README.md as a string, from the records alone."""
     lines, tables = [], []
     for table, runs in study().items():
         lines += [f"## {TITLES[table]}", ""]
         columns = columns_of(runs, records)
         for column, rows in columns.items():
-            lines += table_lines(table, column, rows)
+            lines += table_lines(column, rows)
             tables.append((table, column, rows))
         lines += [] if columns else ["Not run.", ""]
-    if points := curves(records):
-        beaten = sum(any(old > o and new > n for _, old, new, _ in points["HRHF"])
-                     for _, o, n, _ in points["MiB"])
-        lines += ["![old against new mIoU](curves.svg)", "",
-                  f"Large points are the methods' own weights. {beaten} of MiB's "
-                  f"{len(points['MiB'])} are beaten in old and new at once by one of HRHF's.", ""]
-    lines += ["## How good the fakes are", "", *MEANING, "", *fakes_lines(records)]
+    if curves(records):
+        lines += ["![old against new mIoU; MiB's own weight is 10, HRHF's 1](curves.svg)", ""]
+    lines += ["## How good the fakes are", "", *fakes_lines(records)]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     lines += figure3_lines(records["figure3"]) if "figure3" in records else ["Not run.", ""]
     lines += ["## Fakes and predictions of voc20 15-1, seed 1 (paper: Figure 4)", "",
-              "![fakes, the inverted network's segmentation under each](fakes.png)", "",
-              "![image, FT, MiB, HRHF, truth](figure4.png)"]
+              "The fakes of step 1, the inverted network's segmentation under each:", "",
+              "![fakes](fakes.png)", "",
+              "Image, predictions of FT, MiB and HRHF after the last step, truth:", "",
+              "![predictions](figure4.png)"]
     schedules = [f"- {name}: " + ", ".join([f"`{flags}`", *(f"`{a} {b}`" for a, b in
                                                             RATES[name].items())])
                  for name, flags in SETTINGS.items()]
-    return "\n".join([*INTRODUCTION, "", *schedules, "", "## What holds", "", *GLANCE, "",
-                      *at_a_glance(tables), "", *EARLIER, "", *lines]) + "\n"
-
-
-INTRODUCTION = """# Results of the study
-
-Written by `python reproduce.py` from `study.jsonl`, a line a run; do not edit. What else was tried
-is in `trials.md`. mIoU in percent, background excluded, mean ± standard deviation over n seeds.
-"Step 0" is the network that the rows of a column start from, on its own classes; PI, EWC, RW and
-LwF-MC train their own. `voc20` is 843 photographs of VOC's twenty classes, `voc6` 2,740 of six
-animal classes, `shapes` is drawn; none is the paper's VOC 2012 with its network, so only the
-pattern can be compared. Schedules, and learning rates that differ:""".split("\n")
-EARLIER = """An earlier study, of 245 runs on `voc6` and `shapes`, fakes made anew in every step, is
-in the history (`results/README.md` of commit 7a72ee0). All classes, three seeds, HRHF / MiB /
-no fakes / noise / Joint: `voc6` 4-1 33.4 / 25.9 / 18.4 / 21.7 / 46.1, 3-1 24.7 / 13.4 / 3.9 / 6.2 /
-46.1, `shapes` 15-1 31.8 / 12.5 / 11.7 / 18.9 / 61.4. Distillation brought 42.5 against 32.4 on
-`shapes` 15-5, 1/f noise 26.7 against 18.7 for white on `voc6` 3-1. SAA, AVG and MAX, every r, and
-every proportion of real to fake were within a point of each other: undecided.""".split("\n")
-GLANCE = """A claim holds, or does not, if the seeds of its two rows do not overlap on all classes.
-Here is the mean lead in points of the row that it names first; disjoint, three seeds, unless it
-says otherwise.""".split("\n")
-MEANING = """Means over the classes that a step inverts: later ones those of the step before alone.
-found: share of the images asked to show a class in which the inverted network gives it more than
-1 % of the pixels; sure: its mean probability there; size: share of the pixels it gets, beside that
-in real images; judge found and judge IoU: the same share, and agreement with the inverted network's
-map, by a Joint network of another seed.""".split("\n")
+    return "\n".join(["", "", "Schedules, and learning rates that differ:", "", *schedules, "",
+                      "## What holds", "", *claim_lines(tables), "", *lines, ""])
 
 
 # ------------------------------------------------------------------------------ voc6 and voc20
@@ -580,16 +517,12 @@ def check_photographs(args, name):
         wanted[lists / f"{split}.txt"] = names
     for path, words in wanted.items():
         if not path.is_file() or path.read_text().split() != words:
-            raise InputError(f"--photos {args.photos}: not {name} ({path} differs); --make makes "
-                             "it")
+            raise InputError(f"--photos {args.photos}: not {name}, {path} differs; see --make")
     if args.weights != "imagenet":
-        try:
-            digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
-        except OSError as error:
-            raise InputError(f"--weights {args.weights}: {error.strerror}") from None
-        if not digest.startswith("b0353104"):           # it is in the name of torchvision's file
+        check_file(Path(args.weights))
+        if not sha256(Path(args.weights).read_bytes()).startswith("b0353104"):
             raise InputError(f"--weights {args.weights}: not torchvision's "
-                             "mobilenet_v2-b0353104.pth")
+                             "mobilenet_v2-b0353104.pth")    # a name has its file's digest
 
 
 # ------------------------------------------------------------------------------------ commands
@@ -614,7 +547,9 @@ def write_tables(path):
     write_atomically(path, lambda p: p.write_text(text))
     if points := curves(records):
         write_atomically(path.with_name("curves.svg"), lambda p: p.write_text(draw_curves(points)))
-    write_atomically(path.with_name("README.md"), lambda p: p.write_text(report(records)))
+    readme = path.with_name("README.md")
+    text = readme.read_text().partition(MARK)[0] + MARK + report(records)
+    write_atomically(readme, lambda p: p.write_text(text))
 
 
 def main(argv=None):
