@@ -178,7 +178,7 @@ def read_records(path):
     try:
         return {record["name"]: record for record in map(json.loads, lines)}
     except (ValueError, LookupError, TypeError):
-        raise InputError(f"{path}: damaged; `git checkout {path}` brings it back") from None
+        raise InputError(f"{path}: damaged; remove its damaged line") from None
 
 
 def recorded(run, records):
@@ -261,9 +261,8 @@ def perform(run, place):
 # -------------------------------------------------------------------------------- the pictures
 
 def figure_runs():
-    there = {run.row: run for run in reversed(study()["table1"])
-             if run[:3] == ("voc20", TASK["voc20"], "disjoint")}
-    return {row: there[row] for row in ("FT", "MiB", "HRHF")}
+    """FT, MiB and HRHF of voc20 15-1, seed 1."""
+    return {run.row: run for run in study()["table1"][:3]}
 
 
 def figure3(place):
@@ -371,16 +370,18 @@ def claim_lines(tables):
 
     tables: (table, column, rows) each
     """
-    lines = ["| claim | on | verdict | lead in points, by seed |", "|---|---|---|---|"]
+    lines = ["| claim | on | verdict | lead in points (seed) |", "|---|---|---|---|"]
     for claim, where, better, worse in CLAIMS:
         for table, column, rows in tables:
             a, b = rows.get(better, {}), rows.get(worse, {})
-            seeds = [seed for seed in sorted(a.keys() & b.keys())
-                     if table == where and a[seed]["step 0"] == b[seed]["step 0"]]
-            ours, theirs = ([100 * row[seed]["all"] for seed in seeds] for row in (a, b))
-            leads = ", ".join(f"{x - y:+.1f}" for x, y in zip(ours, theirs))
-            lines += [f"| {claim} | {' '.join(column).removesuffix(' disjoint')} | "
-                      f"{verdict(ours, theirs)} | {leads} |"] * bool(seeds)
+            both = sorted(a.keys() & b.keys()) if table == where else []
+            seeds = [seed for seed in both if a[seed]["step 0"] == b[seed]["step 0"]]
+            leads = [f"{100 * (a[seed]['all'] - b[seed]['all']):+.1f} ({seed})" if seed in seeds
+                     else f"other step 0 ({seed})" for seed in both]
+            if both:
+                outcome = verdict(*([row[seed]["all"] for seed in seeds] for row in (a, b)))
+                lines.append(f"| {claim} | {' '.join(column).removesuffix(' disjoint')} | "
+                             f"{outcome} | {', '.join(leads)} |")
     return lines
 
 
@@ -406,9 +407,8 @@ def table_lines(column, rows):
         if row.startswith("Joint") and done:            # has one step alone
             cells[0] = "-"
         lines.append(f"| {row} | {' | '.join(cells)} | {len(done)} |")
-    lines.append("")
-    lines += shares_of_joint_and_replay(rows)
-    return lines + [""] * (lines[-1] != "")
+    shares = shares_of_joint_and_replay(rows)
+    return [*lines, "", *shares, *[""] * bool(shares)]
 
 
 def fakes_lines(records):
@@ -419,14 +419,16 @@ def fakes_lines(records):
                                     for key in JUDGED) + f" | {len(several)} |"
         for name, several in sets.items()), ""]
     steps, classes = {}, {}
-    for run in dict.fromkeys(run._replace(row="") for runs in study().values() for run in runs):
+    for run in dict.fromkeys(run._replace(row="") for runs in study().values() for run in runs
+                             if run.seed in SEEDS):
         for step, scores in (recorded(run, records) or {}).get("fakes", {}).items():
             name = " ".join([*run[:3], f"step {step}", run.flags]).strip()
             steps.setdefault(name, []).append(scores)
             for each in scores if run[:5] == ("voc20", "15-1", "disjoint", "", "") else ():
                 classes.setdefault(each, []).append({each: scores[each]})
-    return [*table("fakes of", steps), "Of every class, over all steps and seeds of HRHF's voc20 "
-            "15-1 disjoint:", "", *table("voc20 fakes of", dict(sorted(classes.items())))]
+    of_classes = ["Of every class, over all steps and seeds of HRHF's voc20 15-1 disjoint:", "",
+                  *table("voc20 fakes of", dict(sorted(classes.items())))]
+    return [*table("fakes of", steps), *of_classes] if steps else ["Not run.", ""]
 
 
 def figure3_lines(record):
@@ -452,17 +454,17 @@ def report(records):
             tables.append((table, column, rows))
         lines += [] if columns else ["Not run.", ""]
     if curves(records):
-        lines += ["![old against new mIoU; MiB's own weight is 10, HRHF's 1](curves.svg)", ""]
+        lines += ["MiB's own weight is 10, HRHF's 1:", "", "![old against new](curves.svg)", ""]
     lines += ["## How good the fakes are", "", *fakes_lines(records)]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     lines += figure3_lines(records["figure3"]) if "figure3" in records else ["Not run.", ""]
     lines += ["## Fakes and predictions of voc20 15-1, seed 1 (paper: Figure 4)", "",
               "The fakes of step 1, the inverted network's segmentation under each:", "",
               "![fakes](fakes.png)", "",
-              "Image, predictions of FT, MiB and HRHF after the last step, truth:", "",
+              "Image, FT, MiB and HRHF after the last step, truth, in VOC's colours:", "",
               "![predictions](figure4.png)"]
-    schedules = [f"- {name}: " + ", ".join([f"`{flags}`", *(f"`{a} {b}`" for a, b in
-                                                            RATES[name].items())])
+    schedules = [f"- {name}: `{flags}`" + "".join(f", `{method} {rate}`"
+                                                  for method, rate in RATES[name].items())
                  for name, flags in SETTINGS.items()]
     return "\n".join(["", "", "Schedules, and learning rates that differ:", "", *schedules, "",
                       "## What holds", "", *claim_lines(tables), "", *lines, ""])
@@ -516,13 +518,13 @@ def check_photographs(args, name):
     for split, names in json.loads((HERE / "results" / f"{name}.json").read_text()).items():
         wanted[lists / f"{split}.txt"] = names
     for path, words in wanted.items():
-        if not path.is_file() or path.read_text().split() != words:
+        if not path.is_file() or path.read_bytes().split() != [word.encode() for word in words]:
             raise InputError(f"--photos {args.photos}: not {name}, {path} differs; see --make")
     if args.weights != "imagenet":
         check_file(Path(args.weights))
+        name = "mobilenet_v2-b0353104.pth"              # torchvision's, with its digest
         if not sha256(Path(args.weights).read_bytes()).startswith("b0353104"):
-            raise InputError(f"--weights {args.weights}: not torchvision's "
-                             "mobilenet_v2-b0353104.pth")    # a name has its file's digest
+            raise InputError(f"--weights {args.weights}: not torchvision's {name}")
 
 
 # ------------------------------------------------------------------------------------ commands
@@ -530,9 +532,9 @@ def check_photographs(args, name):
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a = parser.add_argument
-    a("--only", default="", metavar="TEXT", help="runs and figures with this in their names")
+    a("--only", default="", metavar="TEXT", help="runs with this in the name; figure3; figure4")
     a("--list", action="store_true", help="print their names and commands, run nothing")
-    a("--tables", action="store_true", help="run nothing, write results/README.md and curves.svg")
+    a("--tables", action="store_true", help="run nothing, write the tables of results/README.md")
     a("--photos", default="data", help="the folder of voc20 and voc6")
     a("--weights", default="imagenet", help="of MobileNetV2; torchvision's file saves a download")
     a("--runs", default="runs/study", help="folder of the runs")
@@ -540,16 +542,23 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def prose(readme):
+    """What stands above the tables of results/README.md, with the line that ends it."""
+    head, mark, _ = readme.read_text(encoding="utf-8").partition(MARK)
+    if not mark:
+        raise InputError(f"{readme}: lacks the line {MARK}; `git checkout {readme}` brings it back")
+    return head + mark
+
+
 def write_tables(path):
-    """Sort the records; results/README.md and curves.svg of them."""
-    records = dict(sorted(read_records(path).items()))
+    """Sort the records; the tables of results/README.md and curves.svg of them."""
+    records, readme = dict(sorted(read_records(path).items())), path.with_name("README.md")
+    tables = prose(readme) + report(records)
     text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records.values())
     write_atomically(path, lambda p: p.write_text(text))
     if points := curves(records):
         write_atomically(path.with_name("curves.svg"), lambda p: p.write_text(draw_curves(points)))
-    readme = path.with_name("README.md")
-    text = readme.read_text().partition(MARK)[0] + MARK + report(records)
-    write_atomically(readme, lambda p: p.write_text(text))
+    write_atomically(readme, lambda p: p.write_text(tables, encoding="utf-8"))
 
 
 def main(argv=None):
@@ -566,12 +575,14 @@ def main(argv=None):
     if args.list:
         return print("\n".join(f"{name:45} {shell_command(run, place)}"
                                for name, run in runs.items()))
+    diverged = []
     if not args.tables:
-        records, diverged = read_records(place.records), []
+        records = read_records(place.records)
         todo = [run for run in runs.values() if not recorded(run, records)]
         used = [run.dataset for run in todo] + ["voc20"] * len(pictures)
         for name in sorted({*used} - {"shapes"}):
             check_photographs(args, name)
+        prose(place.records.with_name("README.md"))     # before hours of runs
         for run in todo:                                # one that diverges does not stop the rest
             try:
                 perform(run, place)
@@ -579,9 +590,9 @@ def main(argv=None):
                 diverged.append(f"{run.name}: {error}")
         for draw in pictures:
             draw(place)
-        if diverged:
-            raise FloatingPointError(f"{len(diverged)} of {len(todo)} diverged; {diverged[0]}")
     write_tables(place.records)
+    if diverged:
+        raise FloatingPointError(f"{len(diverged)} of {len(todo)} diverged; {diverged[0]}")
 
 
 if __name__ == "__main__":

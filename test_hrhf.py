@@ -4142,14 +4142,18 @@ def test_every_record_is_of_a_command_that_means_the_settings_it_says():
     assert not reproduce.recorded(known[name]._replace(flags="--lr 7"), {name: record})
 
 
-def test_the_tables_and_the_curves_are_made_of_the_committed_records():
+def test_the_tables_and_the_curves_are_made_of_the_committed_records(tmp_path):
     records = reproduce.read_records(STUDY)
-    written = (HERE / "results/README.md").read_text().partition(reproduce.MARK)[2]
-    assert written == reproduce.report(records)
-    if points := reproduce.curves(records):
-        drawn = reproduce.draw_curves(points)
-        assert drawn == (HERE / "results/curves.svg").read_text()
-    assert list(records) == sorted(records)
+    names = ["README.md", STUDY.name] + ["curves.svg"] * bool(reproduce.curves(records))
+    for name in names[:2]:
+        shutil.copyfile(STUDY.with_name(name), tmp_path / name)
+    for _ in range(2):                                      # what is written is not added to
+        reproduce.write_tables(tmp_path / STUDY.name)
+        for name in names:
+            assert (tmp_path / name).read_text() == STUDY.with_name(name).read_text()
+    (tmp_path / "README.md").write_text("Prose that lost its last line.")
+    with pytest.raises(InputError, match="README.md: lacks the line <!-- from here on"):
+        reproduce.write_tables(tmp_path / STUDY.name)
 
 
 def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_judged(
@@ -4174,6 +4178,7 @@ def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_jud
     monkeypatch.setattr(reproduce, "study", lambda: {"table1": runs})
     monkeypatch.setattr(reproduce, "HERE", small_study.records.parent)
     (small_study.records.parent / "results").mkdir()
+    (small_study.records.parent / "results/README.md").write_text(reproduce.MARK)
     small_study.records.rename(small_study.records.parent / "results/study.jsonl")
     monkeypatch.setattr(reproduce, "recorded", lambda run, records: records.get(run.name))
     monkeypatch.setattr(reproduce, "write_tables", lambda path: calls.append("tables"))
@@ -4200,9 +4205,10 @@ def test_a_run_that_diverges_does_not_keep_the_rest_from_running(tmp_path, monke
             raise FloatingPointError("try a lower rate")
     monkeypatch.setattr(reproduce, "perform", perform)
     monkeypatch.setattr(reproduce, "read_records", lambda path: {})
+    monkeypatch.setattr(reproduce, "write_tables", lambda path: done.append("tables"))
     with pytest.raises(FloatingPointError, match="1 of 3 diverged; shapes/15-1/mib/1: try a lower"):
         reproduce.main(["--only", "shapes/15-1/mib", "--runs", str(tmp_path)])
-    assert done == [f"shapes/15-1/mib/{seed}" for seed in (1, 2, 3)]
+    assert done == [*(f"shapes/15-1/mib/{seed}" for seed in (1, 2, 3)), "tables"]
 
 
 def test_mean_and_spread_are_over_the_seeds_in_percent_and_a_claim_holds_if_they_do_not_overlap():
@@ -4240,11 +4246,12 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
         ("table1", ("shapes", "15-1", "overlapped"),
          rows_of(HRHF=[0.1, 0.1, 0.1], MiB=[0.2, 0.3, 0.4])),
         ("table2", ("voc6", "4-1", "disjoint"), rows)]) == [
-        "| claim | on | verdict | lead in points, by seed |", "|---|---|---|---|",
-        "| HRHF beats MiB | voc6 4-1 | undecided | +20.0 |",
-        "| HRHF beats MiB | shapes 15-1 overlapped | does not hold | -10.0, -20.0, -30.0 |",
-        "| HRHF beats ILT | voc6 4-1 | undecided | +30.0, +5.0, +80.0 |",
-        "| HRHF beats fine-tuning | voc6 4-1 | holds | +20.0, +30.0 |"]
+        "| claim | on | verdict | lead in points (seed) |", "|---|---|---|---|",
+        "| HRHF beats MiB | voc6 4-1 | undecided | +20.0 (1), other step 0 (2) |",
+        "| HRHF beats MiB | shapes 15-1 overlapped | does not hold | -10.0 (1), -20.0 (2), "
+        "-30.0 (3) |",
+        "| HRHF beats ILT | voc6 4-1 | undecided | +30.0 (1), +5.0 (2), +80.0 (3) |",
+        "| HRHF beats fine-tuning | voc6 4-1 | holds | +20.0 (1), +30.0 (2), other step 0 (3) |"]
     rows = {reproduce.FULL: [0.3, 0.4, None], reproduce.BASELINE: [0.1, 0.2, None],
             reproduce.REAL: [0.5, 0.4, 0.9]}
     assert reproduce.shares_of_joint_and_replay(rows_of(**rows)) == [
