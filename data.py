@@ -11,6 +11,7 @@ layout with a classes.txt). Each is an object with `classes` (names, background 
 `read(i)` -> (RGB image, id mask), both PIL, and `labels()` -> the class ids in every image.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,14 +24,14 @@ from typing import NamedTuple
 
 # first, as it sees to Ctrl-C while the others are imported
 from run import (InputError, Parser, check_file, cpus, derive_seed, plain_errors, printable,
-                 sha256, write_atomically)
+                 read_json, sha256, write_atomically, write_json)
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision import datasets, tv_tensors
 from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 from pictures import ENDINGS, image_size, palette, read_image, read_mask
 from protocol import VOID
@@ -93,7 +94,9 @@ class Files:
         The cache's key holds every file's name, size and time: a changed mask, image or list
         makes a new scan.
         """
-        key, found = self.key(), self.cached()
+        key, found = self.key(), {}
+        with contextlib.suppress(InputError):               # none yet, or damaged
+            found = read_json(self.cache, {"key": str, "scan": list})
         known = found["scan"] if found.get("key") == key else self.keep(key, self.scan())
         labels, digests = zip(*known)
         if VOID in set().union(*labels) and not any(0 < c < VOID for ids in labels for c in ids):
@@ -105,24 +108,12 @@ class Files:
     def keep(self, key, pairs):
         """Write what labels() needs of a scan into the cache: [[class ids, digest] of a pair]."""
         known = [[np.flatnonzero(pair.counts).tolist(), pair.digest] for pair in pairs]
-        text = json.dumps({"key": key, "scan": known, "sha256": sha256(json.dumps(known))})
         try:
-            write_atomically(self.cache, lambda p: p.write_text(text))
+            write_json(self.cache, {"key": key, "scan": known})
         except InputError:
             print(f"note: {self.cache.parent} is not writable, the scan of its masks is not kept",
                   file=sys.stderr)
         return known
-
-    def cached(self):
-        """The last scan, {} if there is none or it is damaged."""
-        try:
-            found = json.loads(self.cache.read_text()) if self.cache.is_file() else {}
-            whole = len(found["scan"]) == len(self) and all(
-                isinstance(digest, str) and all(type(i) is int for i in ids)
-                for ids, digest in found["scan"])
-            return found if whole and found["sha256"] == sha256(json.dumps(found["scan"])) else {}
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            return {}
 
     def key(self):
         stats = []
@@ -344,13 +335,12 @@ def test_transform(crop):
 
 
 def normalise():
-    to_float = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
-    return [to_float, v2.Normalize(MEAN, STD)]
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]     # masks: left alone
 
 
 def normalised(pixels):
     """uint8 RGB (B, 3, H, W) -> the network's space, float32."""
-    return v2.Compose(normalise())(tv_tensors.Image(pixels)).as_subclass(torch.Tensor)
+    return v2.Compose(normalise())(pixels)
 
 
 def denormalise(images):
@@ -421,8 +411,8 @@ def colour(mask):
 
 def save_grid(pictures, columns, path):
     """Write equally large uint8 pictures (3, H, W) as one PNG, `columns` a row."""
-    grid = make_grid(torch.stack(pictures), nrow=columns, padding=2, pad_value=255)
-    write_atomically(path, lambda p: save_image(grid / 255, p, format="png"))
+    write_atomically(path, lambda p: save_image(torch.stack(pictures) / 255, p, format="png",
+                                                nrow=columns, pad_value=1))
 
 
 # ------------------------------------------------------------------------------------ download
@@ -496,7 +486,7 @@ def parse(argv=None):
         import check                                        # which imports this module
         args.train = check.parse(rest)
     elif rest:
-        convert.error(f"unrecognized arguments: {' '.join(rest)}")
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 

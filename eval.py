@@ -32,7 +32,7 @@ from torchvision.utils import draw_segmentation_masks
 
 import data
 import protocol
-from fakes import digest, judge_fakes
+from fakes import judge_fakes
 from fast import upsample_rows
 from model import load_model, upsample
 from pictures import ENDINGS, palette, read_image
@@ -74,17 +74,14 @@ def summarize(confusion, groups):
     "other", which is never scored, drops out too); a mean over nothing is nan.
     """
     per_class = torch.where(confusion.sum(1) > 0, iou(confusion), torch.nan)
-    bounds = np.cumsum([1] + [len(classes) for classes in groups]).tolist()
-    bounds = [min(b, len(per_class)) for b in bounds]
-    mean = lambda *parts: torch.cat(parts).nanmean().item()
-    background, foreground, none = per_class[:1], per_class[1:], per_class[:0]
-    parts = [per_class[a:b] for a, b in zip(bounds, bounds[1:]) if a < len(per_class)]
-    new, summary = per_class[bounds[1]:], {}
+    bounds = np.cumsum([1, *map(len, groups)]).tolist()
+    mean = lambda first, end=None: per_class[first:end].nanmean().item()
+    later = [mean(a, b) for a, b in zip(bounds[1:], bounds[2:]) if a < len(per_class)]
+    summary = {}
     for name, (in_old, in_all) in CONVENTIONS.items():
-        old = mean(background if in_old else none, parts[0])
-        summary[name] = {"old": old, "new": mean(new),
-                         "all": mean(background if in_all else none, foreground),
-                         "per_step": [old] + [mean(part) for part in parts[1:]]}
+        old = mean(0 if in_old else 1, bounds[1])
+        summary[name] = {"old": old, "new": mean(bounds[1]), "all": mean(0 if in_all else 1),
+                         "per_step": [old, *later]}
     return summary
 
 
@@ -177,8 +174,9 @@ def compare(runs, csv_path):
             print(f"note: {run} has no results.json, it is left out", file=sys.stderr)
             continue
         results = read_json(path, {"final": dict, "settings": dict, "flags": str})
-        s, score = results["settings"], results["final"]["background excluded"]
+        s = results["settings"]
         try:
+            score = results["final"]["background excluded"]
             column = tuple(printable(s[k]) for k in ("dataset", "task", "setting"))
             label = printable(f"{s['method']} {results['flags']}".strip())
             ours = [math.nan if score[k] is None else 100 * float(score[k])
@@ -262,9 +260,7 @@ def pictures_to_predict(paths, out):
     """The pictures named by --predict, and those in the folders named; InputError if two clash."""
     found = []
     for path in map(Path, paths):
-        inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        if path.is_dir():
-            inside = [p for p in inside if p.suffix.lower() in ENDINGS and p.name[0] != "."]
+        inside = data.pictures(path).values() if path.is_dir() else [path]
         if not inside:
             raise InputError(f"--predict {path}: no picture in this folder "
                              f"({' '.join(ENDINGS)})")
@@ -339,19 +335,13 @@ def predict_all(run, paths, out, device, shares=False):
 
 def score_fakes(run, step, judge, dataset, device):
     """--fakes: judge the fakes that a step of a run was given."""
-    folder = run.fakes(step)
-    if not (folder / "manifest.jsonl").exists():
-        raise InputError(f"--fakes {step}: {folder} holds no finished set of fakes")
     networks = [(model, about["classes"]) for path in (run.checkpoint(step - 1), judge) if path
                 for model, about in [load_model(path, device)]]
     if gone := [c for c in networks[0][1][1:] if c not in dataset.classes]:
         raise InputError(f"{run.folder}: knows {gone[0]}, which --data-root has not")
-    plan = read_json(folder / "plan.json", {"model": str})
-    if plan["model"] != digest(networks[0][0]):
-        raise InputError(f"--fakes {step}: {folder} was not made from this run's step {step - 1}")
     if judge and (unknown := [c for c in networks[0][1] if c not in networks[1][1]]):
         raise InputError(f"--judge {judge}: does not know {unknown[0]}")
-    print_fakes(judge_fakes(folder, networks[0], dataset, *networks[1:]))
+    print_fakes(judge_fakes(run.fakes(step), networks[0], dataset, *networks[1:]))
 
 
 def score_again(run, settings, dataset, world):

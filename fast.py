@@ -19,6 +19,7 @@ import contextlib
 import gc
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -78,7 +79,8 @@ def in_bands(loss, logits, teacher_logits, labels, of_labelled=()):
     logits:         (B, C_t, h, w) at the student's stride
     teacher_logits: (B, C_old, h, w) or None, treated as constant
     labels:         (B, H, W) ids
-    of_labelled:    names of the terms that are means over the pixels that are not 255
+    of_labelled:    names of the terms that are means over the pixels that are not 255, of all
+                    processes: DDP's mean of their gradients is then that of one process
     Returns (l, terms): the scalar l, their sum, to call backward() on, and the terms, detached.
     """
     (B, C), (H, W), device = logits.shape[:2], labels.shape[-2:], logits.device
@@ -87,10 +89,14 @@ def in_bands(loss, logits, teacher_logits, labels, of_labelled=()):
     # in backward()
     exact = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
     gradient, terms = torch.zeros_like(exact), {}
-    all_labelled = (labels != 255).sum().clamp(min=1)
+    all_labelled, ranks = (labels != 255).sum(), 1
+    if of_labelled and dist.is_initialized():
+        dist.all_reduce(all_labelled)
+        ranks = dist.get_world_size()
     for images, rows in bands(B, C, H, W, ELEMENTS.get(device.type, ELEMENTS["cuda"])):
         s, y, t = exact[images].requires_grad_(wanted), labels[images, rows], None
-        share, labelled = y.numel() / labels.numel(), (y != 255).sum() / all_labelled
+        share = y.numel() / labels.numel()
+        labelled = ranks * (y != 255).sum() / all_labelled.clamp(min=1)
         with float32(device):
             if teacher_logits is not None:
                 t = upsample_rows(teacher_logits[images], rows, H, W)

@@ -256,7 +256,8 @@ class Objective:
     """
 
     def __init__(self, method, teacher, lam, importance=None):
-        self.terms, self.of_labelled, self.lam = method.terms, method.of_labelled, lam
+        self.terms, self.of_labelled = partial(method.terms, lam=lam), method.of_labelled
+        self.lam = lam
         self.teacher = teacher if method.uses_teacher else None
         self.importance = importance
 
@@ -264,8 +265,7 @@ class Objective:
         """The scalar l and its named terms, detached; images (B, 3, H, W), labels (B, H, W)."""
         with torch.inference_mode():
             teacher_logits = None if self.teacher is None else self.teacher(images)
-        return in_bands(partial(self.terms, lam=self.lam), student(images), teacher_logits, labels,
-                        self.of_labelled)
+        return in_bands(self.terms, student(images), teacher_logits, labels, self.of_labelled)
 
     def after_backward(self, student):
         """More named terms, whose gradients are added to those of the loss, which are there."""
@@ -291,13 +291,12 @@ class FeatureObjective(Objective):
     """Adds lam * mean squared difference of the bodies' features to the terms: ILT's."""
 
     def loss(self, student, images, labels):
-        terms = partial(self.terms, lam=self.lam)
-        logits, features = student(images, features=True)
         if self.teacher is None:
-            return in_bands(terms, logits, None, labels, self.of_labelled)
+            return super().loss(student, images, labels)
+        logits, features = student(images, features=True)
         with torch.no_grad():                   # not inference mode: a gradient depends on them
             teacher_logits, teacher_features = self.teacher(images, features=True)
-        l, terms = in_bands(terms, logits, teacher_logits, labels, self.of_labelled)
+        l, terms = in_bands(self.terms, logits, teacher_logits, labels, self.of_labelled)
         distance = self.lam * F.mse_loss(features.float(), teacher_features.float())
         return l + distance, {**terms, "features": distance.detach()}
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from protocol import VOID
 from run import InputError, check_file
 
+warnings.filterwarnings("ignore", module="PIL")         # odd metadata, very large pictures
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 LOSSLESS = ("PNG", "BMP", "TIFF")
 STORED = ("L", "P", "1", "RGB", "L;2", "L;4", "P;1", "P;2", "P;4", "BGR")      # Pillow's raw modes
@@ -31,17 +32,15 @@ def open_picture(path, what, eighth=False, verify=False):
     """
     check_file(path)
     try:
-        with warnings.catch_warnings():                 # of odd metadata, of very large pictures
-            warnings.simplefilter("ignore")
+        picture = Image.open(path)
+        if verify and picture.format == "PNG":
+            picture.verify()
             picture = Image.open(path)
-            if verify and picture.format == "PNG":
-                picture.verify()
-                picture = Image.open(path)
-            size, stored = picture.size, picture.tile[0].args if picture.tile else None
-            if eighth:
-                picture.draft(None, (1, 1))
-            picture.load()
-            turn = picture.getexif().get(0x0112, 1)     # EXIF orientation: 1 is upright
+        size, stored = picture.size, picture.tile[0].args if picture.tile else None
+        if eighth:
+            picture.draft(None, (1, 1))
+        picture.load()
+        turn = picture.getexif().get(0x0112, 1)         # EXIF orientation: 1 is upright
     except Exception as error:                          # Pillow's decoders raise anything
         advice = "; save it without its metadata" * ("MAX_TEXT_CHUNK" in str(error))
         raise InputError(f"{path}: not a readable {what} ({error}{advice})") from None

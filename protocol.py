@@ -78,7 +78,7 @@ def split_indices(image_labels, steps, step, setting):
             and (setting == "overlapped" or allowed.issuperset(labels))]
 
 
-def partition_indices(image_labels, steps, step):
+def partition_indices(image_labels, steps):
     """ADE's disjoint lists: every image goes to exactly one step, future classes are allowed in it.
 
     MiB's own lists cannot be made again (their seed is lost: pass them with --split-dir), so this
@@ -91,17 +91,14 @@ def partition_indices(image_labels, steps, step):
     for labels in image_labels:
         for c in step_of.keys() & set(labels):
             N[c] += 1
-    total, added, chosen = sum(N.values()), dict.fromkeys(step_of, 0), []
+    total, added, chosen = sum(N.values()), dict.fromkeys(step_of, 0), [[] for _ in steps]
     bid = lambda c: 120 * (1 - added[c] / N[c]) + total / N[c]
     for i, labels in enumerate(image_labels):
-        present = sorted(step_of.keys() & set(labels))
-        if not present:
-            continue
-        winner = step_of[max(present, key=bid)]
-        for c in present:
-            added[c] += step_of[c] == winner
-        if winner == step:
-            chosen.append(i)
+        if present := sorted(step_of.keys() & set(labels)):
+            winner = step_of[max(present, key=bid)]
+            chosen[winner].append(i)
+            for c in present:
+                added[c] += step_of[c] == winner
     return chosen
 
 
@@ -133,7 +130,7 @@ def training_indices(image_labels, groups, setting, *, ade=False, split_dir=None
         return [sorted(set().union(*lists))] if joint else lists
     steps = [sum(groups, [])] if joint else groups
     if ade and setting == "disjoint":
-        return [partition_indices(image_labels, steps, t) for t in range(len(steps))]
+        return partition_indices(image_labels, steps)
     return [split_indices(image_labels, steps, t, setting) for t in range(len(steps))]
 
 

@@ -155,18 +155,28 @@ def write_atomically(path, write):
     cut. InputError, with the file and the disk's free space, if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if path.exists():
-        check_file(path)                                    # not to replace a device
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's
-        raise InputError(f"{path}: cannot be written ({reason(error)}; {free(path)})") from None
+        with writing(path):
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """InputError, with the disk's free space, if the file cannot be written, or is no file."""
+    if path.exists():
+        check_file(path)                                    # not to replace a device
+    try:
+        yield
+    except (OSError, RuntimeError) as error:                # RuntimeError: torch.save's
+        free = f"{shutil.disk_usage(path.parent).free / 2 ** 20:.0f} MiB free there" \
+            if path.parent.is_dir() else "no such folder"
+        raise InputError(f"{path}: cannot be written ({reason(error)}; {free})") from None
 
 
 def printable(text):
@@ -176,12 +186,6 @@ def printable(text):
 
 def reason(error):
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or ["damaged"])[0]
-
-
-def free(path):
-    with contextlib.suppress(OSError):
-        return f"{shutil.disk_usage(Path(path).parent).free / 2 ** 20:.0f} MiB free there"
-    return "no such folder"
 
 
 def check_file(path):
@@ -256,15 +260,6 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-class Version(argparse.Action):
-    def __init__(self, option_strings, dest, **options):
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **options)
-
-    def __call__(self, parser, *_):
-        print(f"commit {commit()}, torch {torch.__version__}")
-        parser.exit()
-
-
 # --------------------------------------------------------------------------------------- seeds
 
 def derive_seed(*numbers):
@@ -283,15 +278,6 @@ class World(NamedTuple):
     def barrier(self):
         if self.size > 1:
             dist.barrier()
-
-    @contextlib.contextmanager
-    def rank_0_first(self):
-        """Rank 0 goes through the block before the others: it downloads, they find it done."""
-        if self.rank:
-            self.barrier()
-        yield
-        if not self.rank:
-            self.barrier()
 
     def from_rank_0(self, value):
         """The value rank 0 has, on every rank."""
@@ -367,18 +353,16 @@ def lock(folder):
     A POSIX lock: unlike flock's it is not inherited by loader processes, which outlive a kill.
     Returns the open file, to be kept. Not checked on Windows.
     """
-    path = folder / ".lock"
-    if path.exists():
-        check_file(path)
+    with writing(folder / ".lock"):
+        file = open(folder / ".lock", "w")
     try:
-        file = open(path, "w")
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(f"{folder}: in use by another process; wait for it, or choose another "
                          "--out") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({reason(error)}; {free(path)})") from None
+    except OSError:                                         # a file system without locks
+        pass
     return file
 
 
@@ -505,14 +489,8 @@ class Run:
         if self.rank == 0:
             line, path = strict_json(event, digits=4), self.folder / "log.jsonl"
             self.show(event, line)
-            if path.exists():
-                check_file(path)
-            try:
-                with open(path, "a") as file:
-                    print(line, file=file)
-            except OSError as error:
-                raise InputError(f"{path}: cannot be written ({reason(error)}; {free(path)})"
-                                 ) from None
+            with writing(path), open(path, "a") as file:
+                print(line, file=file)
 
     @contextlib.contextmanager
     def timed(self, phase):

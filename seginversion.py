@@ -7,7 +7,7 @@ SegInversion (paper, Sec. 3.2): images of the old classes, drawn out of the old 
             R(x)   tv * total_variation(x) + l2 * rms(x) + bn * BatchNormMatching: the image prior
                    and the feature statistics of DeepInversion (Yin et al., 2020), from its formulas
 
-    x = invert(model, targets, r, size=512)
+    x = invert(model, targets, r, sizes=[512])
 
 A folder full of such images, and the paper's Figure 3, are made in fakes.py.
 """

@@ -7,6 +7,7 @@ No downloads. Sizes are tiny; the code under test is the code that runs at full 
 import base64
 import contextlib
 import copy
+import errno
 import gc
 import hashlib
 import html
@@ -25,6 +26,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 import zlib
 from html.parser import HTMLParser
@@ -1357,7 +1359,7 @@ def test_ade_splits_at_full_scale():
         steps = protocol.task_steps(task, 150)
         assert [len(protocol.split_indices(labels, steps, t, "overlapped"))
                 for t in range(len(steps))] == sizes
-        parts = [protocol.partition_indices(labels, steps, t) for t in range(len(steps))]
+        parts = protocol.partition_indices(labels, steps)
         assert sorted(sum(parts, [])) == [i for i, ids in enumerate(labels) if set(ids) - {0}]
         assert len(sum(parts, [])) == 20196
         # 41: also the rarest class's number in MiB's lists
@@ -1372,20 +1374,18 @@ def test_partition_gives_every_image_to_one_step_by_the_highest_bid():
     # N = {1: 2, 2: 2, 3: 1}, total 5. Image 0: class 1 bids 122.5, class 3 bids 120 + 5: step 1.
     # Image 1: class 1 bids 122.5: step 0. Image 2: class 2 bids 122.5: step 0. Image 3: nothing.
     labels, steps = [[0, 1, 3], [1], [2, 255], [0], [2]], [[1, 2], [3]]
-    assert protocol.partition_indices(labels, steps, 0) == [1, 2, 4]
-    assert protocol.partition_indices(labels, steps, 1) == [0]
+    assert protocol.partition_indices(labels, steps) == [[1, 2, 4], [0]]
     # N = {1: 2, 2: 3}, total 5. Image 0: 122.5 against 121.67, class 1; 2 got nothing by that.
     # Image 1: class 2. Image 2: class 1 has half of its images, 62.5, class 2 a third, 81.67.
     labels, steps = [[1, 2], [2], [1, 2]], [[1], [2]]
-    assert protocol.partition_indices(labels, steps, 0) == [0]
-    assert protocol.partition_indices(labels, steps, 1) == [1, 2]
+    assert protocol.partition_indices(labels, steps) == [[0], [1, 2]]
 
 
 def test_partition_weighs_how_full_a_step_is_by_120():
     # N = {1: 4, 2: 2, 3: 104}, total 110. Image 2: class 1, a quarter full, bids 90 + 27.5;
     # class 2, half full, 60 + 55. A weight of 100 would give it to class 2.
     labels = [[1], [2], [1, 2], [1], [1], *[[3]] * 104]
-    assert protocol.partition_indices(labels, [[1], [2], [3]], 0) == [0, 2, 3, 4]
+    assert protocol.partition_indices(labels, [[1], [2], [3]])[0] == [0, 2, 3, 4]
 
 
 def test_read_split_takes_mibs_files_and_names_what_is_wrong(tmp_path):
@@ -1496,6 +1496,12 @@ def test_a_folder_in_voc_layout_is_read_scanned_and_cached(tmp_path, monkeypatch
     (root / "classes.txt").write_text("background\ncat\ndog\n")
     with pytest.raises(InputError, match="mask id 3 is outside"):              # and fewer classes
         data.load("folder", root, "train").labels()
+
+
+def test_a_scan_leaves_warnings_as_they_were(tmp_path):
+    before = list(warnings.filters)
+    data.load("folder", make_folder(tmp_path, train=40), "train").scan()
+    assert warnings.filters == before
 
 
 def test_voc_lists_of_ids_and_mibs_two_columns_are_the_same(tmp_path):
@@ -2422,12 +2428,13 @@ def test_fakes_are_judged_class_by_class_as_in_a_naive_count(tmp_path, capsys):
              for name, classes in asked.items()]
     lines = [{**line, "line": run_module.sha256(json.dumps(line))} for line in lines]
     (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    run_module.write_json(tmp_path / "plan.json", {"num_images": 3})
     make_folder(tmp_path / "real", train=6, val=1)
     dataset = data.load("folder", tmp_path / "real", "train")
     names = dataset.classes[:3]
     teacher, judge = (Stripes([0, 1, 2]), names), (Stripes([0, 1, 0]),
                                                    [names[0], names[1], "other", names[2]])
+    run_module.write_json(tmp_path / "plan.json",
+                          {"num_images": 3, "model": fakes.digest(teacher[0])})
     scores = fakes.judge_fakes(tmp_path, teacher, dataset, judge)
     masks = [np.array(dataset.read(i)[1]) for i in range(len(dataset))]
     real_sizes = [np.mean([(m == c).mean() for m in masks if (m == c).any()]) for c in (1, 2)]
@@ -2464,7 +2471,7 @@ def test_a_part_of_the_fakes_or_another_networks_are_not_judged(finished, tmp_pa
         shutil.copyfile(finished / "run/fakes-step-1" / name, manifest.with_name(name))
     for path in (finished / "run/fakes-step-1").glob("*.png"):
         shutil.copyfile(path, manifest.with_name(path.name))
-    with pytest.raises(InputError, match="was not made from this run's step 1"):
+    with pytest.raises(InputError, match="holds fakes of another network .*model"):
         evaluation.main([f"{tmp_path}/run", "--fakes", "2"])
 
 
@@ -2473,7 +2480,7 @@ def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("| class | images | found") and "judge IoU" in table[0]
     assert table[-1].startswith("| mean |")
-    for flags, problem in ((["--fakes", "9"], "holds no finished set"),
+    for flags, problem in ((["--fakes", "9"], "step-8.pth"),
                            (["--fakes", "2", "--judge", f"{finished}/run/step-0.pth"],
                             "does not know")):
         with pytest.raises(InputError, match=problem):
@@ -3055,8 +3062,8 @@ def parallel_work(folder, world):
             assert len(images) == 4 // world.size
             return super().loss(student.eval(), images, labels)
     row = methods.METHODS["hrhf"]._replace(objective=InEvaluationMode, importance=methods.RW)
-    view = data.View(real, range(8), protocol.label_map([[1, 2], [3]], 1, "train"),
-                     data.train_transform(32), paths)
+    table = protocol.label_map([[1, 2], [3]], 1, "train", "ignore")
+    view = data.View(real, range(8), table, data.train_transform(32), paths)
     args = train.parse("--crop 32 --batch-size 4 --max-iters 5 --lr 0.05 --workers 0".split())
     objective = row.objective_of(student, teacher, 1.0, methods.RW(teacher).state_dict())
     for name, p in teacher.named_parameters():              # something to penalise
@@ -3067,8 +3074,6 @@ def parallel_work(folder, world):
     weights = {**student.state_dict(),
                **{f"F {k}": v for k, v in objective.importance.fisher.items()}}
     shared = [torch.tensor(float(world.rank + 1)), world.from_rank_0(world.rank)]
-    with world.rank_0_first():
-        pass
     assert world.sum(shared[0]) == world.size * (world.size + 1) / 2 and shared[1] == 0
     torch.save((confusion, weights), folder / f"work-{world.rank}-of-{world.size}.pt")
 
@@ -3159,6 +3164,13 @@ def test_one_process_owns_a_run_folder_from_its_first_write_to_its_end(tmp_path)
         holder.wait()
     # the lock died with it
     Run(tmp_path / "run").claim({"dataset": "x", "data": "y", "step0": None})
+
+
+def test_a_file_system_without_locks_does_not_keep_a_run_from_starting(tmp_path, monkeypatch):
+    def lockf(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    monkeypatch.setattr(run_module.fcntl, "lockf", lockf)
+    run_module.lock(tmp_path)
 
 
 @pytest.mark.parametrize("error, sentence", [

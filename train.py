@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # first, as it sees to Ctrl-C while the others are imported
-from run import (ANOTHER_FOLDER, InputError, LiveLine, Parser, Run, Version, autocast,
+from run import (ANOTHER_FOLDER, InputError, LiveLine, Parser, Run, autocast, commit,
                  default_workers, derive_seed, plain_errors, quiet_worker, setup, sha256,
                  write_atomically, write_json)
 
@@ -87,7 +87,7 @@ def parser():
       help="void (255) in training: background as MiB does, or ignored as PLOP and SSUL do")
 
     a = p.add_argument_group("run").add_argument
-    a("--version", action=Version, help="print the commit and torch's version, no more")
+    a("--version", action="store_true", help="print the commit and torch's version, no more")
     a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>[-<method>]")
     a("--step0", metavar="CHECKPOINT",
       help="another run's step-0.pth to build upon: methods and ablations share it")
@@ -161,7 +161,10 @@ def parse(argv=None):
     known = first.parse_known_args(argv)[0]
     p.set_defaults(**(SMALL if known.small else {}) | DATASET_DEFAULTS[known.dataset])
     args = p.parse_args(argv)
-    del args.small                              # the flags that it stands for say what a run is
+    if args.version:
+        print(f"commit {commit()}, torch {torch.__version__}")
+        p.exit()
+    del args.small, args.version                # the flags that it stands for say what a run is
     if args.task is None:
         raise InputError("--task: a folder needs one, such as 4-1")
     if empty := next((name for name, value in vars(args).items() if value == ""), None):
@@ -181,8 +184,7 @@ def parse(argv=None):
     method_name = "" if args.method == p.get_default("method") else f"-{args.method}"
     args.out = args.out or f"runs/{args.dataset}-{args.task}-{args.setting}{method_name}"
     args.fake_sizes = parse_sizes(args.fake_sizes, args.crop)
-    for step in (0, 1):
-        batch_parts(args, step)
+    batch_parts(args, 1)
     return args
 
 
@@ -342,9 +344,12 @@ def learn(step, task, args, run, world):
     torch.manual_seed(derive_seed(args.seed, step, 1))      # new weights come from this alone
     teacher, state, fakes = None, None, []
     if step == 0:
-        with world.rank_0_first():                          # rank 0 downloads the weights
-            student = DeepLabV3(args.backbone, [1 + len(task.steps[0])],
-                                None if args.pretrained == "none" else args.pretrained)
+        if world.rank:                                      # rank 0 downloads the weights first
+            world.barrier()
+        student = DeepLabV3(args.backbone, [1 + len(task.steps[0])],
+                            None if args.pretrained == "none" else args.pretrained)
+        if not world.rank:
+            world.barrier()
     else:
         expected = task.network(step - 1, args)
         teacher, about = load_model(run.checkpoint(step - 1), world.device, expected)
@@ -394,10 +399,10 @@ def old_images(teacher, step, task, args, run, world):
     earlier, classes = [], None
     if args.reuse_fakes and step > 1:
         for t in range(1, step):
-            inverted, about = load_model(run.checkpoint(t - 1))
+            inverted, _ = load_model(run.checkpoint(t - 1))
             try:
-                there = read_fakes(run.fakes(t), len(about["classes"]), model=digest(inverted),
-                                   r=args.r, most=args.fake_classes, **options)
+                there = read_fakes(run.fakes(t), model=digest(inverted), r=args.r,
+                                   most=args.fake_classes, **options)
             except InputError as error:
                 raise InputError(f"{error}; copy it from where step-{t}.pth is from, remove all "
                                  f"from step-{t}.pth on, or choose another --out, with "
