@@ -143,7 +143,7 @@ class Files:
         return found
 
 
-def voc_layout(root, classes, list_name, mask_folder, odd=refuse):
+def voc_layout(root, classes, list_name, mask_folder, odd):
     """VOC's folders. A list has a name a line, or MiB's two columns of paths below the root,
     "/JPEGImages/x.jpg /SegmentationClassAug/x.png", apart by blanks or a tab."""
     path = root / "ImageSets" / "Segmentation" / f"{list_name}.txt"
@@ -189,7 +189,7 @@ def pictures(folder, odd=refuse):
     return found
 
 
-def picture_called(line, folder, listing, odd=refuse):
+def picture_called(line, folder, listing, odd):
     """The picture of a list's line, which may have an ending; `folder` is of pictures()."""
     name = unicodedata.normalize("NFC", line)
     stem = name.rpartition(".")[0] if name.lower().endswith(ENDINGS) else name
@@ -263,7 +263,6 @@ class Shapes:
     their colours; only the pair tells them apart.
     """
 
-    SIDE = 64
     COLOURS = {"red": (200, 50, 50), "green": (50, 175, 60), "blue": (60, 80, 210),
                "yellow": (210, 190, 50)}
     SHAPES = {                                          # u, v: object coordinates, in [-1, 1]
@@ -283,7 +282,7 @@ class Shapes:
 
     def draw(self, index):
         random = np.random.RandomState(index)
-        S = self.SIDE
+        S = 64
         y, x = np.mgrid[:S, :S] + 0.5
         # Background: a coarse 5 x 5 grid of greyish colours, blended linearly, with pixel noise.
         grid = random.uniform(60, 190) + random.uniform(-50, 50, (5, 5, 1)) \

@@ -120,11 +120,11 @@ def synthesize(model, folder, num_images, *, sizes, batch_size=16, r="random", s
     asked = balanced_targets(num_images, classes or range(1, C), derive_seed(seed, 0), most)
     part = lambda b: folder / f"batch-{b:05d}.jsonl"
     batches = range(math.ceil(num_images / batch_size))
-    whole = read_lines(folder / "manifest.jsonl")
+    whole = read_manifest(folder / "manifest.jsonl")
     others = functools.cache(lambda: statistics_beside(model, earlier, sizes, len(batches)))
     for b in batches[world.rank::world.size]:
         images = slice(b * batch_size, (b + 1) * batch_size)
-        there = whole | read_lines(part(b))
+        there = whole | read_manifest(part(b))
         if all(intact(path, there) for path in paths[images]):
             continue
         began, batch_seed = time.monotonic(), derive_seed(seed, 1, b)
@@ -144,7 +144,7 @@ def synthesize(model, folder, num_images, *, sizes, batch_size=16, r="random", s
     world.barrier()
     if world.rank == 0:
         for b in batches:
-            whole |= read_lines(part(b))
+            whole |= read_manifest(part(b))
         text = "".join(json.dumps(whole[path.name]) + "\n" for path in paths)
         write_atomically(folder / "manifest.jsonl", lambda p: p.write_text(text))
         for b in batches:
@@ -153,7 +153,7 @@ def synthesize(model, folder, num_images, *, sizes, batch_size=16, r="random", s
     return paths
 
 
-def read_lines(path):
+def read_manifest(path):
     """{name of a fake: its line} of a manifest or a batch; {} if that is not there or damaged."""
     try:
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -250,7 +250,7 @@ def read_fakes(folder, **made):
 
     made: what plan.json must say of how they were made
     """
-    lines = read_lines(folder / "manifest.jsonl")
+    lines = read_manifest(folder / "manifest.jsonl")
     try:
         fakes = [(folder / name, line["classes"][1:]) for name, line in lines.items()]
         plan = read_json(folder / "plan.json", {"num_images": int})

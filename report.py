@@ -22,7 +22,7 @@ from PIL import Image
 
 import eval
 from data import palette
-from fakes import FOUND, read_lines
+from fakes import FOUND, read_manifest
 
 HEADLINE = "background excluded"
 ENOUGH = 300                   # iterations of a step; in fewer, few classes are learned
@@ -195,7 +195,7 @@ class Records:
 
     def fakes(self, step):
         """[(names asked for, r, shares found)] of a step's fakes."""
-        lines = read_lines(self.run.fakes(step) / "manifest.jsonl").values()
+        lines = read_manifest(self.run.fakes(step) / "manifest.jsonl").values()
         return [([self.classes[c] for c in line["classes"]], line["r"], line["found"])
                 for line in lines]
 
