@@ -86,20 +86,18 @@ def tiny(classes=(3, 1), seed=0):
     return model.DeepLabV3("tiny", list(classes))
 
 
-def make_folder(root, train=6, val=4, classes=4, size=(40, 36)):
-    """A data set in VOC's layout: one coloured rectangle of class 1 .. classes - 1 an image."""
+def make_folder(root, train=6, val=4):
+    """A data set in VOC's layout: one coloured rectangle of a class an image, in turn."""
     random = np.random.RandomState(0)
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / part).mkdir(parents=True, exist_ok=True)
-    (root / "classes.txt").write_text("".join(f"{n}\n"
-                                              for n in ["background", "cat", "dog", "cow",
-                                                        "hen"][:classes]))
+    (root / "classes.txt").write_text("background\ncat\ndog\ncow\n")
     for split, count in (("train", train), ("val", val)):
         names = [f"{split}{i}" for i in range(count)]
         (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names) + "\n\n")
         for i, name in enumerate(names):
-            image, mask = random.randint(0, 255, (*size, 3), np.uint8), np.zeros(size, np.uint8)
-            c = 1 + i % (classes - 1)
+            image = random.randint(0, 255, (40, 36, 3), np.uint8)
+            mask, c = np.zeros((40, 36), np.uint8), 1 + i % 3
             mask[8:24, 8:30] = c
             mask[7, 8:30] = 255
             image[mask == c] = np.array(data.palette()[c])
@@ -156,6 +154,14 @@ def stop_at(monkeypatch, calls_at, *functions):
             monkeypatch.setattr(module, name, wrapped(name, getattr(module, name)))
 
 
+def spy(monkeypatch, module, name, keep=lambda *_, **__: None):
+    """The list of what keep() has of the arguments of a function, call by call, from now on."""
+    calls, real = [], getattr(module, name)
+    monkeypatch.setattr(module, name,
+                        lambda *a, **k: (calls.append(keep(*a, **k)), real(*a, **k))[1])
+    return calls
+
+
 def read_log(run):
     return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
 
@@ -192,6 +198,13 @@ def test_saa_of_two_pixels_computed_by_hand():
     assert scale_aware_aggregation(s, 2).item() == pytest.approx(math.log((1 + 9) / 2) / 2)
 
 
+def test_saa_of_one_high_pixel_of_many_in_float32_is_its_score_less_log_hw_over_r():
+    s = torch.zeros(1, 1, 256, 256)
+    s[..., 7, 9] = 5
+    expected = 5 - math.log(256 * 256) / 20
+    assert scale_aware_aggregation(s, 20).item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_saa_at_r_0_is_the_mean_and_at_inf_the_maximum_also_mixed_in_one_tensor():
     s = logits(2, 3, 4, 5)
     torch.testing.assert_close(scale_aware_aggregation(s, 0), s.mean((2, 3)))
@@ -222,39 +235,10 @@ def test_saa_at_a_huge_r_is_the_maximum():
     torch.testing.assert_close(s.grad, (s == s.amax((2, 3), keepdim=True)).float())
 
 
-@pytest.mark.parametrize("magnitude", [1e4, -1e4])
-def test_saa_is_finite_for_products_of_ten_thousand(magnitude):
-    s = torch.full((1, 2, 8, 8), magnitude / 20, requires_grad=True)
-    y = scale_aware_aggregation(s, 20)
-    torch.testing.assert_close(y, torch.full((1, 2), magnitude / 20))
-    y.sum().backward()
-    torch.testing.assert_close(s.grad, torch.full_like(s, 1 / 64))
-
-
-def test_saa_grows_with_r_and_its_gradient_sums_to_one():
-    s = logits(1, 4, 6, 6)
-    values = [scale_aware_aggregation(s, r) for r in (0, 0.5, 1, 5, 10, 20, math.inf)]
-    assert all(bool((b >= a).all()) for a, b in zip(values, values[1:]))
-    for y in values:
-        gradient, = torch.autograd.grad(y.sum(), s)
-        torch.testing.assert_close(gradient.sum((2, 3)), torch.ones(1, 4, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("r", [-1, -math.inf, math.nan, torch.tensor([[1.0, -0.1]])])
 def test_saa_refuses_a_negative_r(r):
     with pytest.raises(ValueError, match="r must be >= 0"):
         scale_aware_aggregation(torch.zeros(1, 2, 3, 3), r)
-
-
-def test_a_high_r_asks_for_fewer_pixels_than_a_low_r():
-    s = logits(1, 1, 16, 16, scale=1.0)
-    # that share the gradient: 256 if all do alike
-    pixels = []
-    for r in (0, 0.5, 1, 5, 10, 20, math.inf):
-        gradient, = torch.autograd.grad(scale_aware_aggregation(s, r).sum(), s)
-        pixels.append(1 / gradient.square().sum().item())
-    assert pixels[0] == pytest.approx(256) and pixels[-1] == pytest.approx(1)
-    assert all(b < a for a, b in zip(pixels, pixels[1:])) and pixels[3] < 30
 
 
 # --------------------------------------------------------------------------- seginversion.py, Eq. 2
@@ -408,9 +392,6 @@ def test_invert_enlarges_what_has_become_and_shares_its_steps_out_over_the_sizes
     x = seginversion.invert(net, one_hot(1, 2), 5.0, sizes=[16, (24, 32), 64], steps=6)
     assert [tuple(v.shape[2:]) for v in views] == [(16, 16)] * 2 + [(24, 32)] * 2 + [(64, 64)] * 2
     assert x.shape == (2, 3, 64, 64)
-    coarse = seginversion.invert(net, one_hot(1, 2), 5.0, sizes=[16], steps=6,
-                                 on_step=lambda i, terms: views.append(None) if i else None)
-    assert coarse.shape[-1] == 16
     small = F.interpolate(views[1], (24, 32), mode="bilinear", align_corners=False)
     assert (views[2] - small).abs().mean() < 0.5 * (views[2] - views[2].flip(3)).abs().mean()
 
@@ -504,12 +485,10 @@ def test_invert_uses_adam_with_warm_up_and_cosine_on_shifted_and_flipped_views(
                   if torch.allclose(seen[flip], clamped.roll((dy, dx), (2, 3)), atol=1e-5)}
     assert len(found) > 20 and {flip for flip, _, _ in found} == {0, 1}
     assert {abs(d) for _, *shift in found for d in shift} == set(range(6))
-    shifts, roll = [], torch.roll
-    monkeypatch.setattr(torch, "roll",
-                        lambda x, shift, dims: (shifts.extend(map(abs, shift)),
-                                                roll(x, shift, dims))[1])
+    shifts = spy(monkeypatch, torch, "roll", lambda x, shift, dims: map(abs, shift))
     seginversion.invert(net, one_hot(1), 1.0, sizes=[(8, 256)], steps=60)
-    assert max(shifts[::2]) == 1 and 25 < max(shifts[1::2]) <= 30          # never more than 30
+    down, across = map(max, zip(*shifts))
+    assert down == 1 and 25 < across <= 30                  # never more than 30
 
 
 @pytest.mark.parametrize("spectrum", [0, 0.5, 1, 2])
@@ -526,16 +505,14 @@ def test_a_coloured_image_has_every_frequency_divided_by_a_power_of_it(spectrum)
 
 
 def test_inversion_starts_from_coloured_noise_and_adam_sees_the_coloured_gradient(monkeypatch):
-    seen, calls, real, net = [], [], seginversion.coloured, tiny((4,))
+    seen, real, net = [], seginversion.coloured, tiny((4,))
     class Adam(torch.optim.Adam):
         def step(self):
             seen.append((self.param_groups[0]["params"][0].detach().clone(),
                          self.param_groups[0]["params"][0].grad.clone()))
             super().step()
     monkeypatch.setattr(torch.optim, "Adam", Adam)
-    monkeypatch.setattr(seginversion, "coloured",
-                        lambda x, spectrum: (calls.append((x.clone(), spectrum)),
-                                             real(x, spectrum))[1])
+    calls = spy(monkeypatch, seginversion, "coloured", lambda x, spectrum: (x.clone(), spectrum))
     seginversion.invert(net, one_hot(1), 1.0, sizes=[32], steps=3, spectrum=1.0)
     assert len(calls) == 4 and {spectrum for _, spectrum in calls} == {1.0}
     noise = real(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), 1.0)
@@ -605,13 +582,6 @@ def test_distillation_is_equation_3_in_a_naive_loop_value_and_gradient():
     torch.testing.assert_close(mine, theirs)
 
 
-def test_the_teacher_gets_no_gradient():
-    student, teacher = logits(1, 3, 2, 2), logits(1, 2, 2, 2)
-    sum(distill.hrhf_loss(student, teacher,
-                          torch.zeros(1, 2, 2, dtype=torch.uint8)).values()).backward()
-    assert teacher.grad is None and student.grad is not None
-
-
 def test_distillation_of_one_pixel_computed_by_hand():
     teacher = torch.tensor([0.50, 0.50]).log().view(1, 2, 1, 1)
     student = torch.tensor([0.20, 0.25, 0.55]).log().view(1, 3, 1, 1)      # background becomes 0.75
@@ -620,18 +590,13 @@ def test_distillation_of_one_pixel_computed_by_hand():
 
 
 def test_label_merge_takes_new_labels_and_else_the_teacher_pixel_by_pixel():
-    teacher = torch.tensor([[5.0, 0, 0], [0, 5, 0], [0, 0, 5], [0, 5, 0],
+    # saturated where the label is new: p = 1 does not win
+    teacher = torch.tensor([[5.0, 0, 0], [0, 5, 0], [0, 0, 5], [0, 1e4, 0],
                             [0, 0, 5]]).T.reshape(1, 3, 1, 5)
     # an old id has no say either
     labels = torch.tensor([[[0, 0, 1, 3, 255]]], dtype=torch.uint8)
     merged = distill.label_merge(teacher, labels)
     assert merged.tolist() == [[[0, 1, 2, 3, 255]]] and merged.dtype == torch.int64
-
-
-def test_a_saturated_teacher_never_wins_over_a_new_label():
-    teacher = torch.tensor([0.0, 1e4, 0.0]).view(1, 3, 1, 1)
-    assert teacher.softmax(1)[0, 1] == 1.0
-    assert distill.label_merge(teacher, torch.tensor([[[3]]])).item() == 3
 
 
 def test_segmentation_loss_is_equation_4_and_leaves_void_out():
@@ -647,13 +612,7 @@ def test_segmentation_loss_is_equation_4_and_leaves_void_out():
     torch.testing.assert_close(loss, sum(picked) / 20)
     gradient, = torch.autograd.grad(loss, s)
     assert (gradient[0, :, 0] == 0).all() and (gradient[0, :, 1] != 0).all()
-
-
-def test_segmentation_loss_of_an_image_that_is_all_void_is_zero():
-    s = logits(1, 3, 2, 2)
-    loss = distill.segmentation_loss(s, torch.full((1, 2, 2), 255))
-    loss.backward()
-    assert loss.item() == 0 and (s.grad == 0).all()
+    assert distill.segmentation_loss(s, torch.full_like(labels, 255)) == 0
 
 
 def test_hrhf_loss_is_equation_5():
@@ -664,6 +623,8 @@ def test_hrhf_loss_is_equation_5():
     assert list(terms) == ["kd", "seg"]
     torch.testing.assert_close(terms["kd"], 2.5 * distill.distillation_loss(student, teacher))
     torch.testing.assert_close(terms["seg"], F.cross_entropy(student, merged))
+    sum(terms.values()).backward()
+    assert teacher.grad is None and student.grad is not None
 
 
 # --------------------------------------------------------------------------------------- methods.py
@@ -719,6 +680,7 @@ def test_the_baselines_losses_are_their_formulas_in_a_naive_loop_value_and_gradi
         C_old, C_new, labelling):
     s, t = logits(2, C_old + C_new, 3, 2), logits(2, C_old, 3, 2)
     labels = torch.zeros(2, 3, 2, dtype=torch.uint8)
+    labels[0, 0, 0] = 1                                     # an old id
     if labelling != "no new class":
         labels[:, 1:] = torch.randint(C_old, C_old + C_new, (2, 2, 2))
     if labelling == "with void":
@@ -738,19 +700,6 @@ def test_the_baselines_losses_are_their_formulas_in_a_naive_loop_value_and_gradi
         torch.testing.assert_close(torch.autograd.grad(loss, s, retain_graph=True)[0],
                                    torch.autograd.grad(naive[name], s, retain_graph=True)[0])
     assert t.grad is None and not any(torch.autograd.grad(sum(mine.values()), t, allow_unused=True))
-
-
-def test_unbiased_cross_entropy_takes_every_old_id_for_background():
-    s = logits(1, 5, 1, 3)
-    labels = torch.tensor([[[0, 2, 4]]])
-    torch.testing.assert_close(methods.unbiased_cross_entropy(s, labels, 3),
-                               methods.unbiased_cross_entropy(s, torch.tensor([[[0, 0, 4]]]), 3))
-
-
-def test_mibs_distillation_is_eq_3_over_the_number_of_old_classes():
-    s, t = logits(2, 7, 3, 3), logits(2, 5, 3, 3)
-    torch.testing.assert_close(5 * methods.unbiased_distillation(s, t),
-                               distill.distillation_loss(s, t))
 
 
 class TwoHeads(nn.Module):
@@ -829,7 +778,7 @@ def test_the_teacher_runs_once_without_gradients_and_only_for_the_methods_that_n
                                     [(False, True)])}.get(name, [])
 
 
-def walk(rule, model, importance, iterations):
+def walk(model, importance, iterations):
     """Update `importance` over random gradients and moves: (parameters, gradients) before each."""
     history = []
     for _ in range(iterations):
@@ -859,7 +808,7 @@ def test_the_importances_are_their_published_recursions_over_three_steps_value_a
     for step in range(3):
         importance = objects[-1]
         starts = [p.detach().clone() for p in model.parameters()]
-        history = walk(rule, model, importance, 23)
+        history = walk(model, importance, 23)
         state = copy.deepcopy(importance.state_dict())
         objects.append(Rule(model, model, state))
         for k, name in enumerate(names):
@@ -911,12 +860,12 @@ def test_an_importance_goes_on_from_its_state_and_lets_new_classifiers_free(rule
     assert whole.omega.keys() == dict(teacher.named_parameters()).keys()
     twin = copy.deepcopy(student)
     torch.manual_seed(1)
-    walk(rule, student, whole, 14)
+    walk(student, whole, 14)
     torch.manual_seed(1)
-    walk(rule, twin, parts, 7)
+    walk(twin, parts, 7)
     resumed = Rule(twin, teacher, teacher_state)
     resumed.load_state_dict(copy.deepcopy(parts.state_dict()))
-    walk(rule, twin, resumed, 7)
+    walk(twin, resumed, 7)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
 
 
@@ -927,14 +876,6 @@ def test_an_overflow_of_float16_gathers_no_importance():
         p.grad = torch.full_like(p, value)
     rule.update(net)                                        # F <- 0.9 * 0 + 0.1 * 1
     assert all((F == 0.1).all() for F in rule.fisher.values())
-
-
-def test_a_method_without_an_importance_leaves_the_gradients_alone():
-    student = tiny((3,))
-    for p in student.parameters():
-        p.grad = torch.ones_like(p)
-    assert methods.METHODS["mib"].objective_of(student, None, 1.0).after_backward(student) == {}
-    assert all((p.grad == 1).all() for p in student.parameters())
 
 
 def test_train_py_knows_no_method_by_name():
@@ -1046,15 +987,6 @@ def test_backbones_have_their_stride_channels_and_number_of_batch_norms(backbone
     assert net.classes_per_step == [16, 1, 2]
 
 
-def test_the_last_resnet_stage_has_stride_1_and_dilation_2_in_every_block_and_leaky_relus():
-    net = model.DeepLabV3("resnet50", [2])
-    convs = [m for m in net.body[-1].modules() if isinstance(m, nn.Conv2d)]
-    assert all(c.stride == (1, 1) for c in convs)
-    assert [c.dilation for c in convs if c.kernel_size == (3, 3)] == [(2, 2)] * 3
-    assert not any(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in net.modules())
-    assert {m.negative_slope for m in net.modules() if isinstance(m, nn.LeakyReLU)} == {0.01}
-
-
 @pytest.mark.parametrize("backbone", ["resnet101", "resnet18", "mobilenet_v2"])
 def test_every_3x3_convolution_after_stride_16_is_dilated_and_the_aspp_has_rates_6_12_18(backbone):
     net = model.DeepLabV3(backbone, [2])
@@ -1062,6 +994,8 @@ def test_every_3x3_convolution_after_stride_16_is_dilated_and_the_aspp_has_rates
     convs = [m for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
     assert len(convs) == {"resnet101": 3, "resnet18": 4, "mobilenet_v2": 4}[backbone]
     assert all(c.dilation == c.padding == (2, 2) and c.stride == (1, 1) for c in convs)
+    assert {m.negative_slope for m in net.modules() if isinstance(m, nn.LeakyReLU)} == {0.01}
+    assert backbone == "mobilenet_v2" or not any(isinstance(m, nn.ReLU) for m in net.modules())
     assert [b.dilation[0] for b in net.head.branches] == [1, 6, 12, 18]
     assert net.head.out[0].num_features == 256
     # Xavier normal with the leaky ReLU's gain
@@ -1133,7 +1067,7 @@ def test_random_init_leaves_the_old_outputs_alone_and_an_unknown_init_is_refused
         net.add_classes(1, init="zeros")
 
 
-def mapillary_file(path, net, drop=(), rename=()):
+def mapillary_file(path, net, rename=()):
     """A file like Mapillary's: its names, DDP's prefix, signed norm weights, no head or counter."""
     state = {}
     for key, value in net.state_dict().items():
@@ -1148,8 +1082,6 @@ def mapillary_file(path, net, drop=(), rename=()):
             name = "mod1." + key
         state["module." + name] = value
     state["module.classifier.fc.weight"] = torch.zeros(1000, 512)
-    for key in drop:
-        del state[key]
     for old, new in rename:
         state[new] = state.pop(old)
     torch.save({"state_dict": state}, path)
@@ -1379,9 +1311,6 @@ def test_partition_gives_every_image_to_one_step_by_the_highest_bid():
     # Image 1: class 2. Image 2: class 1 has half of its images, 62.5, class 2 a third, 81.67.
     labels, steps = [[1, 2], [2], [1, 2]], [[1], [2]]
     assert protocol.partition_indices(labels, steps) == [[0], [1, 2]]
-
-
-def test_partition_weighs_how_full_a_step_is_by_120():
     # N = {1: 4, 2: 2, 3: 104}, total 110. Image 2: class 1, a quarter full, bids 90 + 27.5;
     # class 2, half full, 60 + 55. A weight of 100 would give it to class 2.
     labels = [[1], [2], [1, 2], [1], [1], *[[3]] * 104]
@@ -1393,8 +1322,13 @@ def test_read_split_takes_mibs_files_and_names_what_is_wrong(tmp_path):
     assert protocol.read_split(tmp_path, 0, 10) == [2, 4, 9]
     with pytest.raises(InputError, match="train-0.npy must hold indices from 0 to 8"):
         protocol.read_split(tmp_path, 0, 9)
-    with pytest.raises(InputError, match="train-1.npy"):
-        protocol.read_split(tmp_path, 1, 10)
+    for content in (None, b"PK\3\4rest", b"\x93NUMPY\1\0\x20\0{'descr': ", b"",
+                    b"\x93NUMPY\1\0\x4e\0{'descr': '<i8', 'fortran_order': False, "
+                    b"'shape': (999999999999,), }      \n"):
+        if content is not None:
+            (tmp_path / "train-1.npy").write_bytes(content)
+        with pytest.raises(InputError, match="--split-dir: cannot read .*train-1.npy"):
+            protocol.read_split(tmp_path, 1, 10)
 
 
 @pytest.mark.parametrize("split, step, options, expected", [
@@ -1450,15 +1384,6 @@ def test_an_order_deals_the_classes_and_every_class_is_in_it_once(tmp_path):
             protocol.parse_order(text, classes)
 
 
-@pytest.mark.parametrize("content", [b"PK\3\4rest", b"\x93NUMPY\1\0\x20\0{'descr': ", b"",
-                                     b"\x93NUMPY\1\0\x4e\0{'descr': '<i8', 'fortran_order': False, "
-                                     b"'shape': (999999999999,), }      \n"])
-def test_a_split_file_that_is_something_else_is_named(tmp_path, content):
-    (tmp_path / "train-0.npy").write_bytes(content)
-    with pytest.raises(InputError, match="--split-dir: cannot read .*train-0.npy"):
-        protocol.read_split(tmp_path, 0, 10)
-
-
 # ------------------------------------------------------------------------------------------ data.py
 
 def test_shapes_are_the_same_pixels_on_every_machine_and_hold_20_classes():
@@ -1481,15 +1406,9 @@ def test_a_folder_in_voc_layout_is_read_scanned_and_cached(tmp_path, monkeypatch
     with monkeypatch.context() as m:
         m.setattr(data, "scan_pair", None)
         assert data.load("folder", root, "train").labels() == train_set.labels()
-    mask = np.full((40, 36), 3, np.uint8)
-    Image.fromarray(mask).save(root / "SegmentationClass/train0.png", compress_level=0)
+    Image.new("L", (36, 40), 3).save(root / "SegmentationClass/train0.png")
     # a changed mask is seen
     assert data.load("folder", root, "train").labels()[0] == [3]
-    path = root / "SegmentationClass/train0.png"
-    size = path.stat().st_size
-    Image.fromarray(mask - 1).save(path, compress_level=0)
-    assert path.stat().st_size == size                      # of the same size in bytes, too
-    assert data.load("folder", root, "train").labels()[0] == [2]
     listing = root / "ImageSets/Segmentation/train.txt"
     listing.write_text("train5\n")
     assert data.load("folder", root, "train").labels() == [[0, 3, 255]]        # and a changed list
@@ -1504,20 +1423,14 @@ def test_a_scan_leaves_warnings_as_they_were(tmp_path):
     assert warnings.filters == before
 
 
-def test_voc_lists_of_ids_and_mibs_two_columns_are_the_same(tmp_path):
+def test_voc_is_read_by_its_lists_and_two_columns_ask_for_no_other_folder(tmp_path):
     root = tmp_path / "VOCdevkit/VOC2012"
     make_folder(root)
     (root / "SegmentationClassAug").symlink_to(root / "SegmentationClass")
-    listing = root / "ImageSets/Segmentation/train_aug.txt"
-    listing.write_text("train1\ntrain2")                    # without a newline at the end
-    ids = data.load("voc", tmp_path, "train")
-    listing.write_text("/JPEGImages/train1.jpg /SegmentationClassAug/train1.png\n"
-                       "/JPEGImages/train2.jpg /SegmentationClassAug/train2.png")
-    columns = data.load("voc", tmp_path, "train")
-    assert ids.images == columns.images and ids.masks == columns.masks and len(ids) == 2
-    assert ids.labels() == columns.labels() == [[0, 2, 255], [0, 3, 255]]
-    assert len(ids.classes) == 21
-    (root / "SegmentationClassAug").unlink()                # two columns ask for no other folder
+    (root / "ImageSets/Segmentation/train_aug.txt").write_text("train1\ntrain2")
+    voc = data.load("voc", tmp_path, "train")
+    assert voc.labels() == [[0, 2, 255], [0, 3, 255]] and len(voc.classes) == 21
+    (root / "SegmentationClassAug").unlink()
     (root / "SegmentationClass").rename(root / "masks")
     (root / "ImageSets/Segmentation/val.txt").write_text("/JPEGImages/val0.jpg /masks/val0.png\n")
     assert data.load("voc", tmp_path, "val").labels() == [[0, 1, 255]]
@@ -1530,22 +1443,13 @@ def test_ade_is_read_in_sorted_order_with_its_class_names(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / f"ADEChallengeData2016/images/training/{name}.jpg")
         Image.new("L", (8, 8),
                   c).save(tmp_path / f"ADEChallengeData2016/annotations/training/{name}.png")
+    (tmp_path / "ADEChallengeData2016/images/training/._a.jpg").write_bytes(b"x")      # hidden
     ade = data.load("ade", tmp_path, "train")
     assert ade.labels() == [[7], [150]] and len(ade.classes) == 151
     (tmp_path / "ADEChallengeData2016/objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tName\n"
         + "".join(f"{i}\t0.1\t1\t1\tname{i}, other\n" for i in range(1, 151)))
     assert data.load("ade", tmp_path, "train").classes[7] == "name7"
-
-
-def test_ids_with_spaces_sidecars_bom_and_other_endings_are_read(tmp_path):
-    root = make_folder(tmp_path)
-    for part, old, new in (("JPEGImages", "train0.jpg", "my cat.JPG"),
-                           ("SegmentationClass", "train0.png", "my cat.PNG")):
-        (root / part / old).rename(root / part / new)
-    (root / "JPEGImages/my cat.xml").write_text("<boxes/>")
-    (root / "ImageSets/Segmentation/train.txt").write_bytes(b"\xef\xbb\xbfmy cat\r\ntrain1\r\n")
-    assert data.load("folder", root, "train").labels() == [[0, 1, 255], [0, 2, 255]]
 
 
 def test_prepare_voc_merges_voc_and_sbd_and_keeps_the_test_images_out(tmp_path):
@@ -1569,95 +1473,56 @@ def test_prepare_voc_merges_voc_and_sbd_and_keeps_the_test_images_out(tmp_path):
     assert Image.open(voc / "SegmentationClassAug/extra.png").mode == "P"
 
 
-def break_image_depth(root):
-    Image.fromarray(np.zeros((40, 36), np.uint16)).save(root / "JPEGImages/train0.png")
-    (root / "JPEGImages/train0.jpg").unlink()
-    return r"train0.png: the image has more than 8 bits"
-
-
-def break_list_empty(root):
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n")
-    return r"train.txt: empty"
-
-
-def break_class_twice(root):
-    (root / "classes.txt").write_text("background\ncat\ncat\n")
-    return r"classes.txt: expected 2 to 255 different names"
-
-
-def break_mask_size(root):
-    Image.new("L", (5, 5)).save(root / "SegmentationClass/train2.png")
-    return r"train2.png: the mask is 5 x 5 pixels, but its image .*train2.jpg is 36 x 40"
-
-
-def break_mask_id(root):
-    Image.new("L", (36, 40), 4).save(root / "SegmentationClass/val1.png")
-    return r"val1.png: mask id 4 is outside the classes 0 to 3"
-
-
-def break_mask_mode(root):
-    Image.new("RGB", (36, 40), (1, 2, 3)).save(root / "SegmentationClass/train1.png")
-    return r"train1.png: the mask has mode RGB"
-
-
-def break_mask_file(root):
-    (root / "SegmentationClass/train1.png").write_bytes(b"x")
-    return r"train1.png: not a readable mask"
-
-
-def break_image_file(root):
-    (root / "JPEGImages/train3.jpg").write_bytes(b"x")
-    return r"train3.jpg: not a readable image"
-
-
-def break_image_half(root):
-    whole = (root / "JPEGImages/train3.jpg").read_bytes()   # the header reads, the pixels do not
-    (root / "JPEGImages/train3.jpg").write_bytes(whole[:len(whole) // 2])
-    return r"train3.jpg: not a readable image"
-
-
-def break_missing_image(root):
-    (root / "JPEGImages/train3.jpg").unlink()
-    return r"train3: is in .*train.txt, but no picture in .*JPEGImages"
-
-
-def break_list(root):
-    (root / "ImageSets/Segmentation/val.txt").unlink()
-    return r"val.txt: not found"
-
-
-def break_classes(root):
-    (root / "classes.txt").unlink()
-    return r"classes.txt: not found"
-
-
-BREAKS = [break_mask_size, break_mask_id, break_mask_mode, break_mask_file, break_image_file,
-          break_image_half,
-          break_missing_image, break_list, break_classes, break_image_depth, break_list_empty,
-          break_class_twice]
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("breakage", BREAKS)
-def test_bad_data_ends_with_one_sentence_that_names_the_file_and_exit_code_2(
-        tmp_path, capsys, breakage, workers):
-    sentence = breakage(make_folder(tmp_path / "data"))
-    with pytest.raises(SystemExit) as stop, run_module.plain_errors("train.py"):
-        train.main(f"--dataset folder --data-root {tmp_path}/data --task 2-1 --backbone tiny "
-                   "--pretrained none --crop 32 --batch-size 6 --epochs 1 --fake none "
-                   f"--workers {workers} --out {tmp_path}/run".split())
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert re.match("train.py: .*" + sentence, lines[-1]) and "Traceback" not in "".join(lines)
+@pytest.mark.parametrize("breakage, sentence", [
+    (lambda root: Image.new("L", (5, 5)).save(root / "SegmentationClass/train2.png"),
+     "train2.png: the mask is 5 x 5 pixels, but its image .*train2.jpg is 36 x 40"),
+    (lambda root: Image.new("L", (36, 40), 4).save(root / "SegmentationClass/val1.png"),
+     "val1.png: mask id 4 is outside the classes 0 to 3"),
+    (lambda root: Image.new("RGB", (36, 40), (1, 2, 3)).save(root / "SegmentationClass/train1.png"),
+     "train1.png: the mask has mode RGB"),
+    (lambda root: (root / "SegmentationClass/train1.png").write_bytes(b"x"),
+     "train1.png: not a readable mask"),
+    # the header reads, the pixels do not
+    (lambda root: os.truncate(path := root / "JPEGImages/train3.jpg", path.stat().st_size // 2),
+     "train3.jpg: not a readable image"),
+    (lambda root: (Image.new("I;16", (36, 40)).save(root / "JPEGImages/train0.png"),
+                   (root / "JPEGImages/train0.jpg").unlink()),
+     "train0.png: the image has more than 8 bits"),
+    (lambda root: (root / "ImageSets/Segmentation/val.txt").unlink(), "val.txt: not found"),
+    (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("\n"),
+     "train.txt: empty"),
+    (lambda root: (root / "classes.txt").unlink(), "classes.txt: not found"),
+    (lambda root: (root / "classes.txt").write_text("background\ncat\ncat\n"),
+     "classes.txt: expected 2 to 255 different names"),
+    (lambda root: (root / "JPEGImages/train0.png").write_bytes(b""),
+     "train0.jpg and train0.png are both there"),
+    (lambda root: (root / "SegmentationClass/val0.bmp").write_bytes(b""),
+     "val0.bmp and val0.png are both there"),
+    (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("/a/../../b.jpg /c/d.png"),
+     "train.txt: /a/../../b.jpg leads out of"),
+    (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("train0\nno\x1b[31msuch"),
+     r"no\[31msuch: is in .*train.txt, but no picture in .*JPEGImages"),
+    (lambda root: [Image.new("L", (36, 40), 255).save(p)
+                   for p in (root / "SegmentationClass").iterdir()],
+     "all masks hold 0 and 255 alone, and 255 is void"),
+])
+def test_bad_data_ends_before_a_run_with_one_sentence_that_names_the_file(
+        tmp_path, breakage, sentence):
+    breakage(make_folder(tmp_path / "data"))
+    with pytest.raises(InputError, match=sentence):
+        train.main(f"{COMMON} --data-root {tmp_path}/data --out {tmp_path}/run".split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_train_transform_moves_image_and_mask_together_test_transform_is_resize_and_crop():
     mask = np.zeros((90, 120), np.uint8)
     mask[30:60, 50:90] = 1
-    image = Image.fromarray(np.stack([mask * 255] * 3, -1))
-    class One:
-        def read(self, i):
-            return image, Image.fromarray(mask)
-    view = data.View(One(), [0], torch.arange(256, dtype=torch.uint8), data.train_transform(48))
-    places = set()
+    def view_of(mask, transform):
+        class One:
+            def read(self, i):
+                return Image.fromarray(np.stack([mask * 255] * 3, -1)), Image.fromarray(mask)
+        return data.View(One(), [0], torch.arange(256, dtype=torch.uint8), transform)
+    view, places = view_of(mask, data.train_transform(48)), set()
     for seed in range(8):
         x, y = view[0, seed]
         assert x.shape == (3, 48, 48) and y.shape == (48, 48) and y.dtype == torch.uint8
@@ -1672,16 +1537,12 @@ def test_train_transform_moves_image_and_mask_together_test_transform_is_resize_
     assert len(places) == 8
     left, right = np.zeros((48, 48), np.uint8), []
     left[:, :24] = 1
-    class Half:
-        def read(self, i):
-            return Image.fromarray(np.stack([left * 255] * 3, -1)), Image.fromarray(left)
-    halves = data.View(Half(), [0], torch.arange(256, dtype=torch.uint8), data.train_transform(48))
+    halves = view_of(left, data.train_transform(48))
     for seed in range(20):
         y = halves[0, seed][1].float()
         right.append(bool(y[:, 24:].mean() > y[:, :24].mean()))
     assert 3 < sum(right) < 17                              # flipped about half the time
-    x, y = data.View(One(), [0], torch.arange(256, dtype=torch.uint8),
-                     data.test_transform(45))[0, 0]
+    x, y = view_of(mask, data.test_transform(45))[0, 0]
     assert y.shape == (45, 45)
     # at half size: rows 15-30, columns 18-38
     assert y[15:30, 18:37].float().mean() > 0.95 and y.sum() < 21 * 16
@@ -1770,48 +1631,19 @@ def test_lists_are_read_in_all_their_forms(tmp_path, lines, capsys):
     assert ("1 lines are repeated" in capsys.readouterr().err) == (lines.count("train0\n") == 2)
 
 
-def test_names_with_blanks_and_in_another_unicode_form_are_found(tmp_path):
+def test_names_with_blanks_capitals_a_bom_escape_codes_and_another_unicode_form_are_read(tmp_path):
     root = make_folder(tmp_path)
+    listing = root / "ImageSets/Segmentation/train.txt"
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
-        (root / folder / f"train0.{ending}").rename(root / folder / f"a cow.{ending}")
+        (root / folder / f"train0.{ending}").rename(root / folder / f"a cow.{ending.upper()}")
         (root / folder / f"train1.{ending}").rename(root / folder / f"M\u00fcnchen.{ending}")
-    (root / "ImageSets/Segmentation/train.txt").write_text("a cow\nMu\u0308nchen\n",
-                                                           encoding="utf-8")
-    assert data.load("folder", root, "train").labels() == [[0, 1, 255], [0, 2, 255]]
-    (root / "ImageSets/Segmentation/train.txt").write_text(
-        "/JPEGImages/a cow.jpg /SegmentationClass/a cow.png\n")
-    assert data.load("folder", root, "train").labels() == [[0, 1, 255]]
-
-
-@pytest.mark.parametrize("breakage, sentence", [
-    (lambda root: (root / "JPEGImages/train0.png").write_bytes(b""),
-     "train0.jpg and train0.png are both there"),
-    (lambda root: (root / "SegmentationClass/val0.bmp").write_bytes(b""),
-     "val0.bmp and val0.png are both there"),
-    (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("/a/../../b.jpg /c/d.png"),
-     r"train.txt: /a/../../b.jpg leads out of"),
-    (lambda root: (root / "ImageSets/Segmentation/train.txt").write_text("train0\nno\x1b[31msuch"),
-     r"no\[31msuch: is in .*train.txt, but no picture"),
-    (lambda root: [Image.new("L", (36, 40), 255).save(p)
-                   for p in (root / "SegmentationClass").iterdir()],
-     "all masks hold 0 and 255 alone, and 255 is void"),
-])
-def test_what_is_wrong_with_the_lists_and_folders_is_said(tmp_path, breakage, sentence):
-    root = make_folder(tmp_path)
-    breakage(root)
-    with pytest.raises(InputError, match=sentence):
-        data.load("folder", root, "train").labels()
-        data.load("folder", root, "val").labels()
-
-
-def test_hidden_files_are_passed_over_and_class_names_lose_escape_codes(tmp_path):
-    root = make_folder(tmp_path)
-    for folder in ("JPEGImages", "SegmentationClass"):
-        (root / folder / "._train0.jpg").write_bytes(b"x")
-        (root / folder / ".DS_Store").write_bytes(b"x")
+    (root / "JPEGImages/a cow.xml").write_text("<boxes/>")
     (root / "classes.txt").write_text("background\ncat\x1b[31m\ndog\ncow\n")
+    listing.write_bytes("\ufeffa cow\r\nMu\u0308nchen\r\n".encode())
     dataset = data.load("folder", root, "train")
-    assert dataset.classes[1] == "cat[31m" and len(dataset.labels()) == 6
+    assert dataset.labels() == [[0, 1, 255], [0, 2, 255]] and dataset.classes[1] == "cat[31m"
+    listing.write_text("/JPEGImages/a cow.JPG /SegmentationClass/a cow.PNG\n")
+    assert data.load("folder", root, "train").labels() == [[0, 1, 255]]
 
 
 def test_a_damaged_cache_of_labels_is_made_again(tmp_path):
@@ -1837,10 +1669,12 @@ def test_a_file_replaced_by_one_of_its_size_and_time_is_scanned_again(tmp_path):
 
 # -------------------------------------------------------------------------------------- pictures.py
 
+def chunk(name, body):
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
 def png(rows, bits=8, palette=None):
     """A PNG of grey numbers or palette indices, `bits` each, written by hand."""
-    chunk = lambda name, body: (struct.pack(">I", len(body)) + name + body
-                                + struct.pack(">I", zlib.crc32(name + body)))
     lines = b""
     for row in rows:
         text = "".join(f"{v:0{bits}b}" for v in row)
@@ -1924,8 +1758,6 @@ def test_a_flipped_byte_in_a_png_is_found_by_the_scan(tmp_path):
 
 def test_a_mask_of_16_bits_is_refused_also_as_three_equal_channels(tmp_path):
     pixels = b"".join(b"\0" + b"\0\1\0\1\0\1" * 2 for _ in range(2))       # id 1 in 16 bits
-    chunk = lambda name, body: (struct.pack(">I", len(body)) + name + body
-                                + struct.pack(">I", zlib.crc32(name + body)))
     head = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
     (tmp_path / "m.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head)
                                      + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b""))
@@ -1952,9 +1784,7 @@ def test_hostile_metadata_and_pipes_are_one_sentence_or_read(tmp_path):
     whole = png([[0, 1]])
     for name, body in ((b"zTXt", b"k\0\0" + big), (b"iTXt", b"k\0\1\0\0\0" + big),
                        (b"iCCP", b"k\0\0" + big)):
-        chunk = struct.pack(">I",
-                            len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        (tmp_path / "m.png").write_bytes(whole[:33] + chunk + whole[33:])
+        (tmp_path / "m.png").write_bytes(whole[:33] + chunk(name, body) + whole[33:])
         try:
             assert np.array(pictures.read_mask(tmp_path / "m.png")).tolist() == [[0, 1]]
         except InputError as error:
@@ -2094,24 +1924,26 @@ def test_labelmes_polygons_become_ids_by_name(tmp_path):
         assert (tmp_path / "again" / path).read_bytes() == (tmp_path / "out" / path).read_bytes()
 
 
-def test_cocos_polygons_and_both_kinds_of_run_lengths_become_ids(tmp_path):
+def test_cocos_polygons_and_both_kinds_of_run_lengths_become_ids_of_one_class_a_name(tmp_path):
     for name in "ab":
         Image.new("RGB", (4, 3)).save(tmp_path / f"{name}.jpg")
     mask = np.array([[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 0, 1]], bool)
     counts = [2, 5, 4, 1]                                   # column by column, zeros first
     assert np.repeat([0, 1] * 2, counts).tolist() == mask.T.flatten().tolist()
-    size = {"size": [3, 4]}
+    names = {90: "co\nw", 5: "background", 3: "ant", 6: "ant "}
     record = {"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 8, "file_name": "b.jpg"}],
-              "categories": [{"id": 90, "name": "cow"}, {"id": 3, "name": "ant"}],
-              "annotations": [
-                  {"image_id": 7, "category_id": 3, "area": 5,
-                   "segmentation": {**size, "counts": counts}},
-                  {"image_id": 7, "category_id": 90, "area": 12,
-                   "segmentation": [[0, 0, 3, 0, 3, 2, 0, 2]]}]}
+              "categories": [{"id": k, "name": name} for k, name in names.items()],
+              "annotations": [{"image_id": 7, "category_id": k, "segmentation": outline}
+                              for k, outline in (
+                                  (6, {"size": [3, 4], "counts": "01;"}),      # a corner
+                                  (3, {"size": [3, 4], "counts": counts}),
+                                  (90, [[0, 0, 3, 0, 3, 2, 0, 2]]))]}
     (tmp_path / "c.json").write_text(json.dumps(record))
     convert.convert(tmp_path / "c.json", tmp_path / "out", images=tmp_path)
+    assert (tmp_path / "out/classes.txt").read_text() == "background\ncow\nant\n"
     ids = np.array(pictures.read_mask(tmp_path / "out/SegmentationClass/a.png"))
-    assert np.array_equal(ids, np.where(mask, 2, 1))        # the small one lies on top
+    mask[0, 0] = True
+    assert np.array_equal(ids, np.where(mask, 2, 1))        # the small ones lie on top
 
 
 def labelme_file(**shape):
@@ -2203,23 +2035,6 @@ def test_what_keeps_a_folder_from_being_made_leaves_nothing_behind(tmp_path, mon
         data.parse(["convert", "x", "--out", ""])
 
 
-def test_small_objects_lie_over_large_ones_and_a_name_is_one_class(tmp_path):
-    for name in "ab":
-        Image.new("RGB", (20, 10)).save(tmp_path / f"{name}.jpg")
-    record = coco_file(segmentation=[[2, 2, 4, 2, 4, 4, 2, 4]])
-    record["categories"] += [{"id": 4, "name": "co\nw"}, {"id": 5, "name": "background"},
-                             {"id": 6, "name": "ant "}]
-    for k, box in ((4, [0, 0, 9, 0, 9, 9, 0, 9]), (6, [15, 5, 16, 5, 16, 6, 15, 6])):
-        record["annotations"].append({"image_id": 7, "category_id": k, "segmentation": [box]})
-    (tmp_path / "c.json").write_text(json.dumps(record))
-    convert.convert(tmp_path / "c.json", tmp_path / "out", images=tmp_path)
-    assert (tmp_path / "out/classes.txt").read_text() == "background\nant\ncow\n"
-    expected = np.zeros((10, 20), np.uint8)
-    expected[:10, :10], expected[2:5, 2:5], expected[5:7, 15:17] = 2, 1, 1
-    ids = np.array(pictures.read_mask(tmp_path / "out/SegmentationClass/a.png"))
-    assert np.array_equal(ids, expected)
-
-
 def test_cocos_compressed_run_lengths_come_back_from_a_naive_encoder():
     def encoded(counts):
         text = ""
@@ -2252,9 +2067,7 @@ def test_every_old_class_is_asked_for_equally_often(num_images, num_classes, mos
 
 def test_synthesize_asks_for_background_everywhere_and_draws_r_per_image_and_class(
         tmp_path, monkeypatch):
-    asked, real_invert = [], seginversion.invert
-    monkeypatch.setattr(fakes, "invert", lambda net, targets, r, **options: (
-        asked.append((targets, r)), real_invert(net, targets, r, **options))[1])
+    asked = spy(monkeypatch, fakes, "invert", lambda net, targets, r, **options: (targets, r))
     make_fakes(tmp_path)
     targets, r = (torch.cat(parts) for parts in zip(*asked))
     assert targets.shape == r.shape == (10, 4) and (targets[:, 0] == 1).all()
@@ -2304,13 +2117,8 @@ def test_synthesize_fills_a_folder_and_a_manifest_that_says_what_is_in_it(tmp_pa
 def test_synthesize_goes_on_at_the_first_missing_batch_to_the_same_manifest_and_images(
         tmp_path, monkeypatch):
     whole = make_fakes(tmp_path / "whole")
-    calls, real_invert = [], seginversion.invert
-    def interrupted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return real_invert(*args, **kwargs)
-    monkeypatch.setattr(fakes, "invert", interrupted)
+    stop_at(monkeypatch, {("invert", 3)}, (fakes, "invert"))
+    calls = spy(monkeypatch, fakes, "invert")
     with pytest.raises(KeyboardInterrupt):
         make_fakes(tmp_path / "parts")
     assert not (tmp_path / "parts/manifest.jsonl").exists()
@@ -2359,9 +2167,7 @@ def test_figure_3_is_drawn_with_its_checkpoints_settings_and_an_unknown_class_is
         finished, tmp_path, monkeypatch):
     command = ["--checkpoint", f"{finished}/run/step-2.pth", "--out", f"{tmp_path}/figure.png",
                "--images", "4"]
-    options, invert = [], fakes.invert
-    monkeypatch.setattr(fakes, "invert",
-                        lambda *a, **given: (options.append(given), invert(*a, **given))[1])
+    options = spy(monkeypatch, fakes, "invert", lambda *_, **given: given)
     fakes.main([*command, "--classes", "cat,cow", "--r", "0.5,5,max"])
     of_run = {"steps": 2, "lr": 0.25, "tv": 0.3, "bn": 10.0, "spectrum": 1.0,
               "sizes": [16, 32], "seed": 0}
@@ -2489,11 +2295,9 @@ def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
 
 def test_reused_fakes_are_made_once_per_class_and_matched_together_with_the_earlier_ones(
         finished, tmp_path, monkeypatch):
-    inverted, views, invert, train_step = [], [], fakes.invert, train.train_step
-    monkeypatch.setattr(fakes, "invert", lambda net, targets, *rest, **options: (
-        inverted.append((targets, options)), invert(net, targets, *rest, **options))[1])
-    monkeypatch.setattr(train, "train_step", lambda student, objective, view, *rest: (
-        views.append(view), train_step(student, objective, view, *rest)))
+    inverted = spy(monkeypatch, fakes, "invert",
+                   lambda net, targets, r, **options: (targets, options))
+    views = spy(monkeypatch, train, "train_step", lambda student, objective, view, *_: view)
     flags = "--max-iters 2 --fake-sizes 16,32 --reuse-fakes"
     train_on(finished, tmp_path / "run", flags)
     (first, of_first), (second, of_second) = inverted
@@ -2529,9 +2333,8 @@ def test_reused_fakes_are_made_once_per_class_and_matched_together_with_the_earl
 
 def test_sixteen_fakes_are_inverted_together_in_passes_of_a_batch(
         finished, tmp_path, monkeypatch):
-    calls, invert = [], fakes.invert
-    monkeypatch.setattr(fakes, "invert", lambda net, targets, *rest, **options: (
-        calls.append((len(targets), options["part"])), invert(net, targets, *rest, **options))[1])
+    calls = spy(monkeypatch, fakes, "invert",
+                lambda net, targets, r, part, **_: (len(targets), part))
     for flags, expected in (("", [(8, 4)]), ("--fake-batch 6 --num-fakes 20", [(12, 6)] * 2),
                             ("--fake-batch 18 --num-fakes 20", [(18, 18)] * 2)):
         train_on(finished, tmp_path / f"run{flags}".replace(" ", ""), f"--task 2-1 --max-iters 1 "
@@ -2549,12 +2352,13 @@ def test_reused_fakes_are_as_many_a_class_as_in_the_first_step(fakes_of_step_1, 
     assert train.number_of_fakes(args, 2, [100, 100, 0], steps) == expected[2]  # in a smoke run
     assert train.number_of_fakes(args, 0, [100, 100, 0], steps) == 0
     assert train.number_of_fakes(train.parse(["--no-reuse-fakes"]), 2, [9, 9, 0], steps) == 0
+    args = train.parse("--dataset voc --fake-batch 5".split())      # as many as real ones, to 1024
+    assert [train.number_of_fakes(args, 1, [0, n], steps) for n in (8, 2000)] == [10, 1025]
 
 
 def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch):
-    paths, calls, invert = make_fakes(tmp_path), [], fakes.invert
+    paths, calls = make_fakes(tmp_path), spy(monkeypatch, fakes, "invert")
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    monkeypatch.setattr(fakes, "invert", lambda *a, **k: (calls.append(1), invert(*a, **k))[1])
     for damage in (lambda: paths[5].write_bytes(before[paths[5].name][:-1]),
                    lambda: paths[9].unlink()):
         damage()
@@ -2572,10 +2376,7 @@ def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch)
 @pytest.mark.parametrize("flags, sentence", [
     ("--dataset voc --data-root nowhere",
      r"--data-root nowhere: no such folder; `python data.py voc --data-root nowhere`"),
-    ("--dataset folder --data-root nowhere --task 1-1", "--data-root nowhere: no such folder"),
     ("--dataset folder", "--task: a folder needs one"),
-    ("--task 20-1", "--task 20-1: the data set has 20 classes"),
-    ("--task fifteen", "--task fifteen: expected A-B"),
     ("--batch-size 1", "--batch-size 1: must be a number from 2 to 1000000"),
     ("--batch-size 2 --real-fake 1:9", "--real-fake 1:9: leaves no real"),
     ("--real-fake half", "--real-fake half: expected two numbers"),
@@ -2596,8 +2397,6 @@ def test_a_damaged_fake_is_made_again_and_the_others_stay(tmp_path, monkeypatch)
     ("--lam -1", "--lam -1.0: must be"),
     ("--fake-lr inf", "--fake-lr inf: must be"), ("--seed -1", "--seed -1: must be"),
     ("--workers -1", "--workers -1: must be"),
-    ("--pretrained nowhere.pth --backbone resnet18", "--pretrained nowhere.pth: no such file"),
-    ("--split-dir nowhere", "--split-dir: cannot read nowhere/train-0.npy"),
 ])
 def test_bad_flags_end_with_one_sentence_and_exit_code_2(tmp_path, capsys, flags, sentence):
     with pytest.raises(SystemExit) as stop, run_module.plain_errors("train.py"):
@@ -2641,27 +2440,21 @@ def test_resume_equals_uninterrupted_also_in_the_middle_of_an_epoch_and_of_a_syn
             train.main(command)
         except KeyboardInterrupt:
             interruptions += 1
+            if interruptions == 1:                          # in step 0's second epoch
+                state = torch.load(tmp_path / "run/last.pth", weights_only=True)
+                state["seconds"]["training"] += 1000
+                torch.save(state, tmp_path / "run/last.pth")
     assert interruptions == len(stops) and (tmp_path / "run/results.json").exists()
     for t in range(3):
         assert same_weights(finished / f"run/step-{t}.pth", tmp_path / f"run/step-{t}.pth")
     old, new = (json.loads((r / "run/results.json").read_text()) for r in (finished, tmp_path))
     assert [s["confusion"] for s in old["steps"]] == [s["confusion"] for s in new["steps"]]
     assert old["final"] == new["final"]
+    seconds = [step["seconds"]["training"] for step in new["steps"]]
+    assert seconds[0] > 1000 > seconds[1]                   # of all launches
 
 
-def test_the_seconds_of_a_step_are_those_of_all_its_launches(finished, tmp_path, monkeypatch):
-    command = f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run".split()
-    # in step 0's second epoch
-    stop_at(monkeypatch, {("hrhf", 4)}, ("METHODS", "hrhf"))
-    with pytest.raises(KeyboardInterrupt):
-        train.main(command)
-    state = torch.load(tmp_path / "run/last.pth", weights_only=True)
-    state["seconds"]["training"] += 1000
-    torch.save(state, tmp_path / "run/last.pth")
-    train.main(command)
-    results = json.loads((tmp_path / "run/results.json").read_text())
-    seconds = [step["seconds"]["training"] for step in results["steps"]]
-    assert seconds[0] > 1000 > seconds[1]
+def test_the_seconds_of_a_phase_add_up(tmp_path):
     run = Run(tmp_path)
     for _ in range(2):
         with run.timed("phase"):
@@ -2670,7 +2463,8 @@ def test_the_seconds_of_a_step_are_those_of_all_its_launches(finished, tmp_path,
     assert 10 < run.seconds["phase"] < 11
 
 
-def test_settings_are_fixed_from_the_first_write_but_the_data_may_move(finished, tmp_path):
+def test_settings_are_fixed_from_the_first_write_but_the_data_may_move_and_hidden_files_stay(
+        finished, tmp_path):
     command = f"{COMMON} --data-root {finished}/data --epochs 1 --fake none --out {tmp_path}/run"
     with pytest.raises(InputError, match="--pretrained typo.pth: no such file"):
         train.main(command.replace("tiny --pretrained none",
@@ -2683,36 +2477,42 @@ def test_settings_are_fixed_from_the_first_write_but_the_data_may_move(finished,
     with pytest.raises(InputError, match="--lr is 1 there and 2 here"):
         Run(tmp_path / "run").claim({**settings, "lr": 2})
     shutil.rmtree(tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/.last.pth.1.tmp").write_text("left by a killed process")
+    (tmp_path / "run/notes").mkdir(parents=True)
+    killed, *mine = (tmp_path / "run" / name
+                     for name in (".last.pth.1.tmp", ".draft.tmp", "notes/.last.pth.1.tmp"))
+    for path in (killed, *mine):
+        path.write_text("left by a killed process, or somebody else's")
     train.main(command.split())
-    assert not (tmp_path / "run/.last.pth.1.tmp").exists()
+    assert not killed.exists() and all(path.exists() for path in mine)
     shutil.copytree(finished / "data", tmp_path / "moved")
     moved = command.replace(f"{finished}/data", f"{tmp_path}/moved").split()
     train.main(moved)
 
 
-@pytest.mark.parametrize("change", ["classes", "an image's pixels", "two ids swapped", "a label"])
-def test_a_change_of_the_data_under_a_run_is_refused(finished, tmp_path, change):
-    root, run = tmp_path / "data", tmp_path / "run"
-    shutil.copytree(finished / "data", root)
-    command = f"{COMMON} --data-root {root} --max-iters 1 --fake none --out {run}".split()
-    train.main(command)
-    if change == "classes":
-        (root / "classes.txt").write_text("background\ndog\ncat\ncow\n")
-    elif change == "an image's pixels":
-        image = Image.open(root / "JPEGImages/train3.jpg")
-        Image.eval(image, lambda v: 255 - v).save(root / "JPEGImages/train3.jpg")
-    elif change == "two ids swapped":                       # of one class: the labels stay
-        listing = root / "ImageSets/Segmentation/train.txt"
-        names = listing.read_text().split()
-        names[0], names[3] = names[3], names[0]
-        listing.write_text("\n".join(names))
-    else:
-        mask = np.array(Image.open(root / "SegmentationClass/train3.png"))
-        Image.fromarray(np.roll(mask, 1)).save(root / "SegmentationClass/train3.png")
-    with pytest.raises(InputError, match="its classes, images or labels have changed"):
-        train.main(command)
+def test_a_change_of_the_data_under_a_run_is_refused(finished, tmp_path):
+    for t in range(3):
+        np.save(tmp_path / f"train-{t}.npy", np.arange(t, 24, 3))
+    flags = f"--max-iters 1 --fake none --split-dir {tmp_path}"
+    train_on(finished, tmp_path / "run", flags)
+    for change in ("classes", "pixels", "ids", "label", "list"):
+        root = tmp_path / change
+        shutil.copytree(finished / "data", root)
+        image, mask = root / "JPEGImages/train3.jpg", root / "SegmentationClass/train3.png"
+        if change == "classes":
+            (root / "classes.txt").write_text("background\ndog\ncat\ncow\n")
+        elif change == "pixels":
+            Image.eval(Image.open(image), lambda v: 255 - v).save(image)
+        elif change == "ids":                               # two of one class: the labels stay
+            listing = root / "ImageSets/Segmentation/train.txt"
+            names = listing.read_text().split()
+            names[0], names[3] = names[3], names[0]
+            listing.write_text("\n".join(names))
+        elif change == "label":
+            Image.fromarray(np.roll(np.array(Image.open(mask)), 1)).save(mask)
+        else:
+            np.save(tmp_path / "train-2.npy", np.arange(2, 12, 3))
+        with pytest.raises(InputError, match="its classes, images or labels have changed"):
+            train_on(finished, tmp_path / "run", f"{flags} --data-root {root}")
 
 
 def test_a_shared_step_0_gives_the_run_it_was_trained_in_and_a_foreign_one_is_refused(
@@ -2724,8 +2524,7 @@ def test_a_shared_step_0_gives_the_run_it_was_trained_in_and_a_foreign_one_is_re
               for folder in (finished / "run", tmp_path / "run")]
     assert scores[0]["final"] == scores[1]["final"]
     assert scores[0]["steps"][0]["confusion"] == scores[1]["steps"][0]["confusion"]
-    assert not any(json.loads(line).get("of") and json.loads(line)["step"] == 0
-                   for line in (tmp_path / "run/log.jsonl").read_text().splitlines())
+    assert not any("of" in line and line["step"] == 0 for line in read_log(tmp_path / "run"))
     for flags, what in (("--task 2-1", "classes"), ("--backbone resnet18", "backbone"),
                         ("--crop 64", "crop")):
         with pytest.raises(InputError, match=f"its {what} differ"):
@@ -2742,7 +2541,7 @@ def test_finished_steps_copied_into_another_run_folder_are_built_upon(finished, 
         train_on(finished, tmp_path / "run", "--epochs 2 --lam 0")
     shutil.copytree(finished / "run/fakes-step-1", tmp_path / "run/fakes-step-1")
     train_on(finished, tmp_path / "run", "--epochs 2 --lam 0")
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "run")
     assert {line["step"] for line in log if "step" in line} == {2}
     assert len(json.loads((tmp_path / "run/results.json").read_text())["steps"]) == 3
 
@@ -2773,7 +2572,7 @@ def test_an_out_that_cannot_be_a_folder_is_named(finished, tmp_path, capsys):
 
 
 def test_a_step_without_images_is_refused_before_training_but_passed_over_in_a_smoke_run(tmp_path):
-    root = make_folder(tmp_path / "data", classes=4)
+    root = make_folder(tmp_path / "data")
     (root / "classes.txt").write_text("background\ncat\ndog\nunicorn\ncow\n")
     for path in (root / "SegmentationClass").iterdir():
         mask = np.array(Image.open(path))
@@ -2783,7 +2582,7 @@ def test_a_step_without_images_is_refused_before_training_but_passed_over_in_a_s
         train.main(command.split())
     assert not (tmp_path / "run/step-0.pth").exists()
     train.main(f"{command} --max-iters 1".split())
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "run")
     assert [line["step"] for line in log if "warning" in line] == [2] and "unicorn" in str(log)
     assert model.load_model(tmp_path / "run/step-3.pth")[0].classes_per_step == [2, 1, 1, 1]
     made = lambda run: sorted(path.name for path in tmp_path.glob(f"{run}/fakes-step-?"))
@@ -2823,8 +2622,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_named_terms(
     assert not (tmp_path / "run/step-0.pth").exists()
 
 
-@pytest.mark.parametrize("flags", ["--fake none", "--fake noise", "--amp",
-                                   "--r avg --real-fake 2:1 --lam 0", "--void ignore",
+@pytest.mark.parametrize("flags", ["--fake none", "--amp", "--r avg --real-fake 2:1 --lam 0",
                                    "--setting overlapped --r 5 --real-fake 1:3"])
 def test_every_ablation_flag_runs_and_changes_the_outcome(finished, tmp_path, flags):
     train_on(finished, tmp_path / "run", f"--epochs 2 {flags}")
@@ -2836,17 +2634,12 @@ def test_every_ablation_flag_runs_and_changes_the_outcome(finished, tmp_path, fl
 
 def test_the_recipe_is_mibs_and_every_step_has_the_right_teacher_seeds_and_numbers(
         finished, tmp_path, monkeypatch):
-    optimizers, losses, pools, loaders = [], [], [], []
-    def spy(module, name, seen, keep):
-        real = getattr(module, name)
-        monkeypatch.setattr(module, name,
-                            lambda *a, **k: (seen.append(keep(*a, **k)), real(*a, **k))[1])
-    spy(torch.optim, "SGD", optimizers, lambda parameters, **options: options)
-    spy(methods.Objective, "loss", losses, lambda self, student, images, labels: (
+    optimizers = spy(monkeypatch, torch.optim, "SGD", lambda parameters, **options: options)
+    losses = spy(monkeypatch, methods.Objective, "loss", lambda self, student, images, labels: (
         None if self.teacher is None else copy.deepcopy(self.teacher.state_dict()), labels,
         student.training, self.lam))
-    spy(train, "synthesize", pools, lambda net, folder, number, **options: (number, options))
-    spy(data, "train_batches", loaders, lambda *a: a)
+    pools = spy(monkeypatch, train, "synthesize", lambda net, folder, n, **options: (n, options))
+    loaders = spy(monkeypatch, data, "train_batches", lambda *a: a)
     train_on(finished, tmp_path / "run", "--epochs 2 --epochs0 3 --lr0 0.02 --lr 0.01 --lam 0 "
              "--void ignore --num-fakes 5 --fake noise")
     same = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
@@ -2874,35 +2667,12 @@ def test_the_recipe_is_mibs_and_every_step_has_the_right_teacher_seeds_and_numbe
     assert len({a[5] for a in loaders}) == 3
 
 
-def test_the_default_number_of_fakes_is_the_number_of_real_images_in_whole_batches(
-        finished, tmp_path, monkeypatch):
-    numbers, real = [], train.synthesize
-    monkeypatch.setattr(train, "synthesize",
-                        lambda net, folder, number, **o: (numbers.append(number),
-                                                          real(net, folder, number, **o))[1])
-    command = COMMON.replace("--num-fakes 8 --fake-batch 4", "--fake-batch 5")
-    train.main(f"{command} --data-root {finished}/data --max-iters 1 --out {tmp_path}/run".split())
-    assert numbers == [10, 10]                              # 8 real images
-
-
-def test_a_last_checkpoint_of_another_step_is_not_gone_on_from(finished, tmp_path):
-    command = f"{COMMON} --data-root {finished}/data --epochs 2 --out {tmp_path}/run".split()
-    (tmp_path / "run").mkdir()
-    for name in ("step-0.pth", "step-0.json", "settings.json"):
-        (tmp_path / "run" / name).write_bytes((finished / "run" / name).read_bytes())
-    state = torch.load(finished / "run/step-0.pth", weights_only=True)
-    torch.save({"step": 0, "iteration": 3, "model": state["model"]}, tmp_path / "run/last.pth")
-    train.main(command)
-    assert same_weights(finished / "run/step-2.pth", tmp_path / "run/step-2.pth")
-
-
 def test_batch_parts_and_the_paper_scale_defaults():
     args = train.parse("--dataset voc --task 15-1".split())
     assert (args.backbone, args.pretrained, args.crop, args.batch_size, args.epochs,
             args.epochs0) == (
         "resnet101", "imagenet", 512, 24, 30, 30)
-    assert (args.lr0, args.lr, args.lam, args.fake_batch, args.fake_steps,
-            args.fake_lr) == (1e-2, 1e-3, 1, 16, 1000, 0.25)
+    assert (args.lr0, args.lr, args.lam) == (1e-2, 1e-3, 1)
     assert train.parse(["--dataset", "ade"]).epochs == 60
     assert train.parse([]).task == "15-1" and train.parse([]).dataset == "shapes"
     assert not args.reuse_fakes and train.parse([]).reuse_fakes
@@ -2932,9 +2702,7 @@ def test_small_is_defaults_that_a_flag_beats_and_a_step_has_at_least_min_iters()
 
 def test_a_step_of_short_epochs_is_saved_thirty_times_and_goes_on_from_there(
         finished, tmp_path, monkeypatch):
-    saved, write = [], run_module.write_atomically
-    monkeypatch.setattr(train, "write_atomically", lambda path, do: (saved.append(path.name),
-                                                                     write(path, do)))
+    saved = spy(monkeypatch, train, "write_atomically", lambda path, do: path.name)
     flags = "--task 1-2 --method ft --epochs 1 --min-iters 90"      # epochs of 2 and 4 iterations
     train_on(finished, tmp_path / "a", flags)
     assert saved == ["last.pth"] * (30 + 23)
@@ -3028,7 +2796,7 @@ def test_every_method_runs_all_steps_and_resumes_to_the_same_network(
     assert len(results["steps"]) == last + 1 and results["settings"]["lam"] == real.lam
     final = results["final"]["background excluded"]
     assert final["old"] is not None and final["new"] is not None and len(final["per_step"]) == 3
-    log = [json.loads(line) for line in (tmp_path / "a/log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "a")
     terms = {k for line in log if line.get("step") == last and "iteration" in line for k in line}
     assert ("penalty" in terms) == (method in ("ewc", "pi", "rw"))
     assert bool(list((tmp_path / "a").glob("fakes-step-*"))) == (method == "hrhf")
@@ -3192,6 +2960,17 @@ def test_short_resources_are_one_sentence_with_the_flag_that_helps(capsys, error
         raise RuntimeError("a bug")                         # is not dressed up
 
 
+def test_a_mask_changed_under_a_run_is_one_sentence_also_out_of_a_loaders_worker(tmp_path, capsys):
+    dataset = data.load("folder", make_folder(tmp_path), "train")
+    Image.new("L", (9, 9)).save(dataset.masks[0])
+    view = data.View(dataset, [0], torch.arange(256, dtype=torch.uint8), data.test_transform(32))
+    loader = torch.utils.data.DataLoader(view, sampler=[(0, 0)], num_workers=1)
+    with pytest.raises(SystemExit), run_module.plain_errors("train.py"):
+        next(iter(loader))
+    assert re.fullmatch(rf"train.py: .{{0,9}}{dataset.masks[0]}: changed while the run was on\n",
+                        capsys.readouterr().err)
+
+
 def test_a_pipe_is_not_replaced_and_short_memory_does_not_call_a_file_damaged(
         tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.pth")
@@ -3268,7 +3047,6 @@ def test_on_a_terminal_a_run_is_one_line_that_moves_and_its_log_is_the_same(fini
 
 @pytest.mark.parametrize("command, sentence", [
     ("train.py --dataset vox", "did you mean voc?"),
-    ("train.py --backbone resnet100", "did you mean resnet101?"),
     ("train.py --metod mib", "did you mean --method?"),
     ("train.py --method lwf_mc", "did you mean lwf-mc?"), ("data.py vok", "did you mean voc?")])
 def test_a_mistyped_choice_or_flag_is_told_the_nearest(capsys, command, sentence):
@@ -3325,7 +3103,7 @@ def test_loader_processes_follow_the_cpus_that_the_job_may_use(monkeypatch):
     assert run_module.default_workers() == 3
 
 
-def limited(command, out, file_size=None, kill_after=None, signals=()):
+def limited(command, file_size=None, kill_after=None, signals=()):
     """A script with a limit on its files' size, or signalled some seconds after its first line."""
     threads = str(torch.get_num_threads())                  # other numbers round differently
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
@@ -3350,22 +3128,22 @@ def trial_command(finished, out, flags=""):
 def test_a_disk_that_fills_is_one_sentence_and_the_same_command_goes_on(finished, tmp_path):
     # as on a full disk, a write fails: here because a file may not grow beyond this
     for size, name in ((40_000, "last.pth"), (300, "log.jsonl|settings.json|.labels|step-0")):
-        code, err = limited(trial_command(finished, tmp_path / "run"), tmp_path, file_size=size)
+        code, err = limited(trial_command(finished, tmp_path / "run"), file_size=size)
         assert code == 2 and re.search(f"({name}).*: cannot be written",
                                        err) and "Traceback" not in err
-    assert limited(trial_command(finished, tmp_path / "run"), tmp_path)[0] == 0
+    assert limited(trial_command(finished, tmp_path / "run"))[0] == 0
     assert same_weights(finished / "run/step-2.pth", tmp_path / "run/step-2.pth")
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number, code, workers", [(signal.SIGINT, 130, 0),
+                                                   (signal.SIGTERM, 143, 2)])
 def test_a_signal_ends_a_run_with_one_line_and_the_same_command_goes_on(
         finished, tmp_path, number, code, workers):
     command = trial_command(finished, tmp_path / "run", f"--workers {workers}")
-    ended, err = limited(command, tmp_path, kill_after=0.1, signals=[number])
+    ended, err = limited(command, kill_after=0.1, signals=[number])
     assert ended == code and re.fullmatch(
         rf"train.py: stopped by {signal.Signals(number).name}; .*\n", err), err
-    assert limited(command, tmp_path)[0] == 0
+    assert limited(command)[0] == 0
     assert same_weights(finished / "run/step-2.pth", tmp_path / "run/step-2.pth")
 
 
@@ -3383,34 +3161,19 @@ def test_the_text_of_names_that_a_terminal_lacks_is_replaced(finished, tmp_path)
     assert code == 0 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("task, copied, sentence", [
-    ("2-1", "1-1", "step-0.pth: its classes differs"),
-    ("1-1", "2-1", "step-0.pth: its classes differs"),
-    ("1-1 --crop 64", "1-1", "step-0.pth: its crop differs"),
-    ("1-1 --backbone resnet18", "1-1", "step-0.pth: its backbone differs")])
-@pytest.mark.parametrize("files", [("step-0.pth",), ("step-0.pth", "step-0.json")])
-def test_step_files_of_another_task_or_network_are_refused(
-        finished, tmp_path, task, copied, sentence, files):
-    source = finished / "run"
-    if copied != "1-1":
-        source = tmp_path / "source"
-        train_on(finished, source, f"--task {copied} --max-iters 1")
-    (tmp_path / "run").mkdir()
-    for name in files:
-        shutil.copyfile(source / name, tmp_path / "run" / name)
-    with pytest.raises(InputError, match=sentence):
-        train_on(finished, tmp_path / "run", f"--max-iters 1 --task {task}")
-
-
-def test_later_steps_of_another_method_are_refused(finished, tmp_path):
+@pytest.mark.parametrize("flags, sentence", [
+    ("--task 2-1", "step-0.pth: its classes differs"),
+    ("--method mib", "step-1.pth: its method differs")])
+def test_copied_steps_of_another_task_or_method_are_refused(finished, tmp_path, flags, sentence):
     (tmp_path / "run").mkdir()
     for path in (finished / "run").glob("step-*"):
         shutil.copyfile(path, tmp_path / "run" / path.name)
-    with pytest.raises(InputError, match="step-1.pth: its method differs"):
-        train_on(finished, tmp_path / "run", "--epochs 2 --method mib")
+    with pytest.raises(InputError, match=sentence):
+        train_on(finished, tmp_path / "run", f"--epochs 2 {flags}")
 
 
-def test_a_step_under_way_of_other_settings_is_not_gone_on_from(finished, tmp_path, monkeypatch):
+def test_a_step_under_way_of_other_settings_or_another_step_is_not_gone_on_from(
+        finished, tmp_path, monkeypatch):
     stop_at(monkeypatch, {("hrhf", 12)}, ("METHODS", "hrhf"))                  # in step 1
     with pytest.raises(KeyboardInterrupt):
         train_on(finished, tmp_path / "a", "--epochs 2")
@@ -3424,6 +3187,10 @@ def test_a_step_under_way_of_other_settings_is_not_gone_on_from(finished, tmp_pa
         torch.save({**state, "iteration": iteration}, tmp_path / "a/last.pth")
         with pytest.raises(InputError, match="last.pth: of another run, network or method"):
             train_on(finished, tmp_path / "a", "--epochs 2")
+    torch.save({**state, "step": 0}, tmp_path / "a/last.pth")       # of a step that is done
+    train_on(finished, tmp_path / "a", "--epochs 2")
+    assert not any("resumed_at" in line for line in read_log(tmp_path / "a"))
+    assert same_weights(finished / "run/step-2.pth", tmp_path / "a/step-2.pth")
 
 
 def test_scores_of_another_run_are_not_taken_for_this_ones(finished, tmp_path):
@@ -3440,25 +3207,6 @@ def test_scores_of_another_run_are_not_taken_for_this_ones(finished, tmp_path):
         shutil.copyfile(path, tmp_path / "c" / path.name)
     train_on(finished, tmp_path / "c", "--max-iters 2 --crop 32 --fake none")
     assert json.loads((tmp_path / "c/results.json").read_text())["final"] == scores
-
-
-def test_a_list_of_images_that_changes_under_a_run_is_refused(finished, tmp_path):
-    for t in range(3):
-        np.save(tmp_path / f"train-{t}.npy", np.arange(t, 24, 3))
-    flags = f"--max-iters 1 --fake none --split-dir {tmp_path}"
-    train_on(finished, tmp_path / "run", flags)
-    np.save(tmp_path / "train-2.npy", np.arange(2, 12, 3))
-    with pytest.raises(InputError, match="its classes, images or labels have changed"):
-        train_on(finished, tmp_path / "run", flags)
-
-
-def test_hidden_files_of_somebody_else_stay_in_a_folder_that_becomes_a_run(finished, tmp_path):
-    (tmp_path / "notes").mkdir()
-    mine = [tmp_path / ".draft.tmp", tmp_path / "notes/.last.pth.1.tmp"]
-    for path in mine:
-        path.write_text("mine")
-    train_on(finished, tmp_path, "--max-iters 1 --fake none")
-    assert all(path.exists() for path in mine)
 
 
 def test_a_damaged_record_is_scored_again_to_the_same_numbers(finished, tmp_path, capsys):
@@ -3494,8 +3242,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_end(finished, tm
     random = np.random.RandomState(trial)
     command = trial_command(finished, tmp_path / "run", f"--workers {trial % 2}")
     for number in [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][:1 + trial % 3]:
-        limited(command, tmp_path, kill_after=random.uniform(0, 4), signals=[number])
-    assert limited(command, tmp_path)[0] == 0
+        limited(command, kill_after=random.uniform(0, 4), signals=[number])
+    assert limited(command)[0] == 0
     for step in range(3):
         assert same_weights(finished / f"run/step-{step}.pth", tmp_path / f"run/step-{step}.pth")
         for fake in (finished / f"run/fakes-step-{step}").glob("*.png"):
@@ -3591,17 +3339,19 @@ def test_eval_scores_a_run_again_to_the_same_numbers_and_says_so_if_not(finished
     evaluation.main([f"{finished}/run"])
     assert capsys.readouterr().out.count("exactly as recorded") == 3
     for path in (finished / "run").glob("step-*.pth"):
-        (tmp_path / path.name).symlink_to(finished / "run/step-0.pth" if path.name == "step-0.pth"
-                                          else path)
+        (tmp_path / path.name).symlink_to(path)
     results = json.loads((finished / "run/results.json").read_text())
     results["steps"][1]["confusion"][0][0] -= 4
     results["steps"][1]["confusion"][0][1] += 4
+    results["steps"][2]["confusion"][1][1] += 1             # half a move is one, not none
     run_module.write_json(tmp_path / "results.json", results)
     (tmp_path / "settings.json").write_text((finished / "run/settings.json").read_text())
     with pytest.raises(SystemExit) as stop:
         evaluation.main([str(tmp_path)])
     assert stop.value.code == 1
-    assert "step 1: differs from results.json in 4 of" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "step 0: exactly as recorded\nstep 1: differs from results.json in 4 of" in out
+    assert "step 2: differs from results.json in 1 of" in out
 
 
 def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished, tmp_path):
@@ -3626,19 +3376,12 @@ def test_predict_writes_a_mask_and_an_overlay_of_each_pictures_own_size(finished
     assert mask.size == (50, 31) and mask.mode == "P" and np.asarray(mask).max() <= 3
     assert mask.getpalette()[:12] == data.palette()[:4].flatten().tolist()
     assert Image.open(tmp_path / "d/odd-overlay.png").size == (50, 31)
-    exif = Image.Exif()
-    exif[0x0112] = 6                                        # a phone held upright
-    Image.new("RGB", (50, 31)).save(tmp_path / "phone.jpg", exif=exif)
-    evaluation.main([f"{finished}/run", "--predict", f"{tmp_path}/phone.jpg", "--out",
-                     f"{tmp_path}/d"])
-    assert Image.open(tmp_path / "d/phone-mask.png").size == (31, 50)
 
 
 @pytest.mark.parametrize("arguments, sentence", [
     (["nowhere"], "nowhere/settings.json: No such file"),
     (["{run}", "--predict", "{run}/predictions.png", "{run}/../predictions.png"],
      "two pictures are called predictions"),
-    (["{run}/fakes-step-1"], "settings.json: No such file"),
     (["nowhere", "--predict", "a.jpg"], "nowhere: no such folder"),
     (["{run}", "--csv"], "--csv: of --predict"),
     (["--compare", "nowhere"], "--compare nowhere: no such folder"),
@@ -3696,18 +3439,6 @@ def test_the_papers_tables_are_read_right():
     assert paper["ade", "50-50", "disjoint"]["lwf"] == pytest.approx((5.7, (12.9 + 22.8) / 2, 13.9))
 
 
-def test_one_moved_pixel_is_not_exactly_as_recorded(finished, tmp_path, capsys):
-    for path in (finished / "run").glob("*.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    results = json.loads((tmp_path / "results.json").read_text())
-    results["steps"][2]["confusion"][1][1] += 1
-    run_module.write_json(tmp_path / "results.json", results)
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(tmp_path)])
-    assert stop.value.code == 1
-    assert "step 2: differs from results.json in 1 of" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("damage, sentence", [
     (lambda r: r["steps"].pop(), "not of the 3 steps of this task"),
     (lambda r: r["steps"][1].pop("confusion"), "results.json: damaged"),
@@ -3735,7 +3466,8 @@ def test_a_picture_that_cannot_be_read_does_not_stop_the_others(finished, tmp_pa
         evaluation.main([f"{finished}/run", "--predict", f"{tmp_path}/in", "--out",
                          f"{tmp_path}/out"])
     (finished / "run/step-9x.pth").unlink()
-    assert stop.value.code == 1 and "a.jpg: not a readable image" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and "a.jpg: not a readable image" in err and "._b" not in err
     assert len(list((tmp_path / "out").glob("*-mask.png"))) == 5
 
 
@@ -3919,13 +3651,6 @@ def test_peak_memory_counts_what_is_alive_at_once_and_not_what_was_there_before(
         assert memory.now == 804
         loss.backward()
     assert memory.peak >= 1200 and weight.grad is not None
-
-
-def test_the_cost_of_a_convolution_is_two_flops_a_product():
-    with torch.device("meta"):
-        conv, x = nn.Conv2d(3, 8, 3, padding=1, bias=False), torch.empty(2, 3, 10, 12)
-    flops, peak = bench.cost(lambda: conv(x))
-    assert (flops, peak) == (2 * 2 * 8 * 10 * 12 * 3 * 9, 4 * 2 * 8 * 10 * 12)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 8])
@@ -4170,9 +3895,7 @@ def test_the_tables_and_the_curves_are_made_of_the_committed_records(tmp_path):
 
 def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_judged(
         small_study, monkeypatch):
-    calls, real = [], train.main
-    monkeypatch.setattr(train, "main", lambda argv, **options: (
-        calls.append((argv, options)), real(argv, **options)))
+    calls = spy(monkeypatch, train, "main", lambda argv, **options: (argv, options))
     runs = [of_study("Baseline", "--fake none"), of_study("HRHF", ""),
             of_study("x", "--method ewc")]
     for run in runs:
@@ -4196,17 +3919,6 @@ def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_jud
     monkeypatch.setattr(reproduce, "write_tables", lambda path: calls.append("tables"))
     reproduce.main(["--runs", str(small_study.runs)])       # nothing is left to do
     assert calls[4:] == ["tables"]
-
-
-def test_real_old_images_are_asked_of_train_as_such(small_study, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train, "main", lambda argv, real_replay: asked.append((argv, real_replay)))
-    monkeypatch.setattr(shutil, "copyfile", lambda *_: Path(_[1]).touch())
-    (small_study.runs / "shapes").mkdir(parents=True)
-    for flags in (reproduce.REPLAY, ""):
-        reproduce.train_run(of_study("x", flags), small_study)
-    assert [real for _, real in asked] == [True, False]
-    assert reproduce.REPLAY not in asked[0][0] and "--step0" in asked[1][0]
 
 
 def test_a_run_that_diverges_does_not_keep_the_rest_from_running(tmp_path, monkeypatch):
@@ -4694,7 +4406,7 @@ def test_the_readmes_own_method_runs_two_steps_and_stands_in_the_comparison(
     exec(code, vars(methods) | {"METHODS": methods.METHODS})
     monkeypatch.setattr(train, "METHODS", methods.METHODS)
     train_on(finished, tmp_path / "run", "--task 2-1 --epochs 1 --method sure")
-    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    log = read_log(tmp_path / "run")
     assert [set(line) & {"kd", "seg"} for line in log if "iteration" in line][-1] == {"kd", "seg"}
     monkeypatch.chdir(tmp_path)
     evaluation.main(["--compare", "run"])
