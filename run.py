@@ -358,7 +358,7 @@ def lock(folder):
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):              # which of them depends on the system
         raise InputError(f"{folder}: in use by another process; wait for it, or choose another "
                          "--out") from None
     except OSError:                                         # a file system without locks
