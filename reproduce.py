@@ -54,7 +54,8 @@ TASK = {"voc20": "15-1", "voc6": "3-1", "shapes": "15-1"}   # of the Joint netwo
 # Learning rates of their own, chosen on a part of the training images (results/trials.md); the
 # authors' for the importances.
 IMPORTANCES = {f"--method {name}": "--lr 0.001" for name in ("pi", "ewc", "rw")}
-RATES = {"voc20": {"--method mib": "--lr 0.001", **IMPORTANCES},
+RATES = {"voc20": {**{f"--method {name}": "--lr 0.001" for name in ("mib", "lwf", "ilt")},
+                   **IMPORTANCES},
          "voc6": {"--method ft": "--lr 0.03", "--method lwf": "--lr 0.001",
                   "--method mib": "--lr 0.01"}, "shapes": {}}
 REPLAY = "real_replay"                                  # train.main's argument, no flag of train.py
