@@ -485,7 +485,7 @@ def parse(argv=None):
         import check                                        # which imports this module
         args.train = check.parse(rest)
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(rest)}")
     return args
 
 

@@ -260,7 +260,8 @@ def pictures_to_predict(paths, out):
     """The pictures named by --predict, and those in the folders named; InputError if two clash."""
     found = []
     for path in map(Path, paths):
-        inside = data.pictures(path).values() if path.is_dir() else [path]
+        inside = [path] if not path.is_dir() else [
+            p for p in sorted(path.iterdir()) if p.suffix.lower() in ENDINGS and p.name[0] != "."]
         if not inside:
             raise InputError(f"--predict {path}: no picture in this folder "
                              f"({' '.join(ENDINGS)})")
@@ -411,6 +412,8 @@ def main(argv=None):
         raise InputError("--csv: of --predict; add the pictures")
     if args.predict and args.fakes is not None:
         raise InputError("--predict and --fakes: one at a time")
+    if args.fakes is not None and args.fakes < 1:
+        raise InputError(f"--fakes {args.fakes}: the steps that are given fakes are 1 and later")
     run, world = Run(args.run), setup()
     if world.rank and (args.predict or args.fakes is not None):
         return                                              # one process does these

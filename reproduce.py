@@ -51,8 +51,8 @@ SETTINGS = {
     "shapes": "--dataset shapes",
 }
 TASK = {"voc20": "15-1", "voc6": "3-1", "shapes": "15-1"}   # of the Joint networks that judge
-# Learning rates of their own, chosen on a part of the training images (results/trials.md); the
-# authors' for the importances.
+# Learning rates of their own, chosen on a part of the training images (results/trials.md), ILT's as
+# LwF's; the authors' for the importances.
 IMPORTANCES = {f"--method {name}": "--lr 0.001" for name in ("pi", "ewc", "rw")}
 RATES = {"voc20": {**{f"--method {name}": "--lr 0.001" for name in ("mib", "lwf", "ilt")},
                    **IMPORTANCES},
@@ -429,7 +429,8 @@ def fakes_lines(records):
                 classes.setdefault(each, []).append({each: scores[each]})
     of_classes = ["Of every class, over all steps and seeds of HRHF's voc20 15-1 disjoint:", "",
                   *table("voc20 fakes of", dict(sorted(classes.items())))]
-    return [*table("fakes of", steps), *of_classes] if steps else ["Not run.", ""]
+    return [*(table("fakes of", steps) if steps else ["Not run.", ""]),
+            *(of_classes if classes else [])]
 
 
 def figure3_lines(record):
@@ -545,7 +546,10 @@ def parse(argv=None):
 
 def prose(readme):
     """What stands above the tables of results/README.md, with the line that ends it."""
-    head, mark, _ = readme.read_text(encoding="utf-8").partition(MARK)
+    try:
+        head, mark, _ = readme.read_text(encoding="utf-8").partition(MARK)
+    except UnicodeDecodeError:
+        mark = ""
     if not mark:
         raise InputError(f"{readme}: lacks the line {MARK}; `git checkout {readme}` brings it back")
     return head + mark

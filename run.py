@@ -351,7 +351,7 @@ def lock(folder):
     """Keep other processes out of a folder until this one ends, however it ends.
 
     A POSIX lock: unlike flock's it is not inherited by loader processes, which outlive a kill.
-    Returns the open file, to be kept. Not checked on Windows.
+    Returns the open file, to be kept. Not on Windows, nor on a file system without locks.
     """
     with writing(folder / ".lock"):
         file = open(folder / ".lock", "w")
@@ -361,8 +361,9 @@ def lock(folder):
     except (BlockingIOError, PermissionError):              # which of them depends on the system
         raise InputError(f"{folder}: in use by another process; wait for it, or choose another "
                          "--out") from None
-    except OSError:                                         # a file system without locks
-        pass
+    except OSError as error:
+        print(f"note: {folder}: cannot be locked ({reason(error)}); start one process in it alone",
+              file=sys.stderr)
     return file
 
 

@@ -1417,7 +1417,8 @@ def test_a_folder_in_voc_layout_is_read_scanned_and_cached(tmp_path, monkeypatch
         data.load("folder", root, "train").labels()
 
 
-def test_a_scan_leaves_warnings_as_they_were(tmp_path):
+def test_a_scan_leaves_warnings_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "cpus", lambda: 8)            # threads share the filters
     before = list(warnings.filters)
     data.load("folder", make_folder(tmp_path, train=40), "train").scan()
     assert warnings.filters == before
@@ -2286,7 +2287,7 @@ def test_the_fakes_of_a_run_are_judged_by_a_command(finished, capsys):
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("| class | images | found") and "judge IoU" in table[0]
     assert table[-1].startswith("| mean |")
-    for flags, problem in ((["--fakes", "9"], "step-8.pth"),
+    for flags, problem in ((["--fakes", "9"], "step-8.pth"), (["--fakes", "0"], "1 and later"),
                            (["--fakes", "2", "--judge", f"{finished}/run/step-0.pth"],
                             "does not know")):
         with pytest.raises(InputError, match=problem):
@@ -3048,7 +3049,9 @@ def test_on_a_terminal_a_run_is_one_line_that_moves_and_its_log_is_the_same(fini
 @pytest.mark.parametrize("command, sentence", [
     ("train.py --dataset vox", "did you mean voc?"),
     ("train.py --metod mib", "did you mean --method?"),
-    ("train.py --method lwf_mc", "did you mean lwf-mc?"), ("data.py vok", "did you mean voc?")])
+    ("train.py --method lwf_mc", "did you mean lwf-mc?"), ("data.py vok", "did you mean voc?"),
+    ("data.py convert x --out o --imges y", "did you mean --images?"),
+    ("data.py voc --data-rot x", "did you mean --data-root?")])
 def test_a_mistyped_choice_or_flag_is_told_the_nearest(capsys, command, sentence):
     script, *flags = command.split()
     with pytest.raises(SystemExit) as stop:
