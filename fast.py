@@ -93,10 +93,10 @@ def in_bands(loss, logits, teacher_logits, labels, of_labelled=()):
     if of_labelled and dist.is_initialized():
         dist.all_reduce(all_labelled)
         ranks = dist.get_world_size()
+    all_labelled = all_labelled.clamp(min=1) / ranks            # in a process, on average
     for images, rows in bands(B, C, H, W, ELEMENTS.get(device.type, ELEMENTS["cuda"])):
         s, y, t = exact[images].requires_grad_(wanted), labels[images, rows], None
-        share = y.numel() / labels.numel()
-        labelled = ranks * (y != 255).sum() / all_labelled.clamp(min=1)
+        share, labelled = y.numel() / labels.numel(), (y != 255).sum() / all_labelled
         with float32(device):
             if teacher_logits is not None:
                 t = upsample_rows(teacher_logits[images], rows, H, W)

@@ -524,9 +524,9 @@ def check_photographs(args, name):
             raise InputError(f"--photos {args.photos}: not {name}, {path} differs; see --make")
     if args.weights != "imagenet":
         check_file(Path(args.weights))
-        name = "mobilenet_v2-b0353104.pth"              # torchvision's, with its digest
         if not sha256(Path(args.weights).read_bytes()).startswith("b0353104"):
-            raise InputError(f"--weights {args.weights}: not torchvision's {name}")
+            raise InputError(f"--weights {args.weights}: not torchvision's mobilenet_v2-b0353104."
+                             "pth, whose name has its digest")
 
 
 # ------------------------------------------------------------------------------------ commands

@@ -2878,7 +2878,7 @@ def test_two_ranks_equal_one_in_score_fakes_losses_and_trained_weights(tmp_path)
 
 
 def test_real_replay_trains_on_real_images_of_earlier_steps_and_its_folder_is_its_own(
-        finished, tmp_path, monkeypatch):
+        finished, tmp_path):
     command = f"{COMMON} --data-root {finished}/data --max-iters 1 --out {tmp_path}/run".split()
     train.main(command, real_replay=True)                   # as many as fakes, made once: 8, 8 + 8
     train_set = data.load("folder", finished / "data", "train")
