@@ -13,7 +13,6 @@ are made of the records.
 """
 import argparse
 import json
-import math
 import shlex
 import shutil
 import statistics
@@ -78,7 +77,7 @@ ROWS = {
     "ours": {OURS: "", PAPERS: "--fake-steps 1000 --fake-sizes 1 --spectrum 0 --tv 0.355 --bn 1.16",
              ANEW: "--no-reuse-fakes"},
     # distillation weights; without --lam the method's own
-    "curves": {**{f"MiB, {lam or 10}": "--method mib" + (f" --lam {lam}" if lam else "")
+    "weights": {**{f"MiB, {lam or 10}": "--method mib" + (f" --lam {lam}" if lam else "")
                   for lam in (1, 3, None, 30, 100)},
                **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}"
                   for lam in (0, 0.3, None, 3, 10)}},
@@ -91,7 +90,7 @@ TITLES = {
     "table5": "Knowledge distillation (paper: Table 5)",
     "table6": "Real : fake in a mini-batch (paper: Table 6)",
     "ours": "What is ours (not in the paper)",
-    "curves": "Old against new classes over the weight of distillation"}
+    "weights": "Old against new classes over the weight of distillation"}
 CLAIMS = [                                              # text, table, better row, worse row
     ("HRHF beats MiB", "table1", "HRHF", "MiB"), ("HRHF beats LwF", "table1", "HRHF", "LwF"),
     ("HRHF beats ILT", "table1", "HRHF", "ILT"),
@@ -154,7 +153,7 @@ def study():
         **{table: [run for where in photographs[:0:-1] for run in runs(ROWS[table], *where)]
            for table in ("table3", "table4", "table5", "table6")},
         "ours": runs(ROWS["ours"], "voc20", "15-1"),
-        "curves": runs(ROWS["curves"], "voc20", "15-1", one),
+        "weights": runs(ROWS["weights"], "voc20", "15-1", one),
     }
 
 
@@ -295,46 +294,6 @@ def figure4(place, count=6):
     data.save_grid(panels, 2 + len(models), path)
 
 
-def curves(records):
-    """{method: [(weight, old, new)]} in percent; {} while a weight has no record."""
-    runs, points = study()["curves"], {}
-    if not all(recorded(run, records) for run in runs):
-        return {}
-    for run in runs:
-        (method, weight), record = run.row.split(", "), recorded(run, records)
-        points.setdefault(method, []).append((weight, 100 * record["old"], 100 * record["new"]))
-    return points
-
-
-def draw_curves(points):
-    """An SVG: old (across) against new mIoU in percent."""
-    highest = max(1, *(v for places in points.values() for _, *both in places for v in both))
-    side, edge, top = 420, 50, 10 * math.ceil(highest / 10)
-    x, y = (lambda v: edge + side * v / top), (lambda v: edge / 2 + side * (1 - v / top))
-    text = lambda a, b, anchor, words, more="": (
-        f'<text x="{a:.1f}" y="{b:.1f}" text-anchor="{anchor}"{more}>{words}</text>')
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{side + 2 * edge}" '
-             f'height="{side + 2 * edge}" font-family="sans-serif" font-size="12">'
-             '<rect width="100%" height="100%" fill="white"/>']
-    for v in range(0, top + 1, 10):
-        lines += [f'<path d="M{x(v):.1f} {y(0):.1f}V{y(top):.1f}M{x(0):.1f} {y(v):.1f}'
-                  f'H{x(top):.1f}" stroke="#ddd"/>',
-                  text(x(v), y(0) + 16, "middle", v), text(x(0) - 6, y(v) + 4, "end", v)]
-    lines += [text(x(top / 2), y(0) + 34, "middle", "mIoU of old classes (%)"),
-              f'<text transform="translate({x(0) - 32:.1f} {y(top / 2):.1f}) rotate(-90)" '
-              'text-anchor="middle">mIoU of new classes (%)</text>']
-    for i, (method, places) in enumerate(points.items()):
-        colour = ("#1f77b4", "#d62728")[i]
-        path = "L".join(f"{x(a):.1f} {y(b):.1f}" for _, a, b in places)
-        more = f' fill="{colour}"'
-        lines += [f'<path d="M{path}" stroke="{colour}" fill="none" stroke-width="2"/>',
-                  text(x(top) - 6, y(top) + 16 + 16 * i, "end", method, more)]
-        for weight, old, new in places:
-            lines += [f'<circle cx="{x(old):.1f}" cy="{y(new):.1f}" r="4"{more}/>',
-                      text(x(old) + 8, y(new) - 6, "start", weight, more)]
-    return "\n".join([*lines, "</svg>"]) + "\n"
-
-
 # ---------------------------------------------------------------------------------- the tables
 
 MARK = "<!-- from here on written by `python reproduce.py` out of study.jsonl: do not edit -->"
@@ -455,8 +414,6 @@ def report(records):
             lines += table_lines(column, rows)
             tables.append((table, column, rows))
         lines += [] if columns else ["Not run.", ""]
-    if curves(records):
-        lines += ["MiB's own weight is 10, HRHF's 1:", "", "![old against new](curves.svg)", ""]
     lines += ["## How good the fakes are", "", *fakes_lines(records)]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     lines += figure3_lines(records["figure3"]) if "figure3" in records else ["Not run.", ""]
@@ -556,13 +513,11 @@ def prose(readme):
 
 
 def write_tables(path):
-    """Sort the records; the tables of results/README.md and curves.svg of them."""
+    """Sort the records; the tables of results/README.md of them."""
     records, readme = dict(sorted(read_records(path).items())), path.with_name("README.md")
     tables = prose(readme) + report(records)
     text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records.values())
     write_atomically(path, lambda p: p.write_text(text))
-    if points := curves(records):
-        write_atomically(path.with_name("curves.svg"), lambda p: p.write_text(draw_curves(points)))
     write_atomically(readme, lambda p: p.write_text(tables, encoding="utf-8"))
 
 

@@ -31,7 +31,6 @@ import weakref
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -3882,10 +3881,9 @@ def test_every_record_is_of_a_command_that_means_the_settings_it_says():
     assert not reproduce.recorded(known[name]._replace(flags="--lr 7"), {name: record})
 
 
-def test_the_tables_and_the_curves_are_made_of_the_committed_records(tmp_path):
-    records = reproduce.read_records(STUDY)
-    names = ["README.md", STUDY.name] + ["curves.svg"] * bool(reproduce.curves(records))
-    for name in names[:2]:
+def test_the_tables_are_made_of_the_committed_records(tmp_path):
+    names = ("README.md", STUDY.name)
+    for name in names:
         shutil.copyfile(STUDY.with_name(name), tmp_path / name)
     for _ in range(2):                                      # what is written is not added to
         reproduce.write_tables(tmp_path / STUDY.name)
@@ -3997,20 +3995,6 @@ def test_judged_fakes_become_means_over_classes_and_seeds_and_other_flags_have_r
     assert rows == ["| voc20 15-1 disjoint step 1 |" + " 40.0 ± 14.1 |" * 6 + " 2 |",
                     "| voc20 15-1 disjoint step 1 --no-reuse-fakes |" + " 12.5 |" * 6 + " 1 |",
                     "| cat |" + " 35.0 ± 21.2 |" * 6 + " 2 |", "| dog |" + " 40.0 |" * 6 + " 1 |"]
-
-
-def test_the_curves_are_drawn_where_the_records_are_and_only_if_all_are_there():
-    records = {run.name: {"command": run.command, "old": i / 20, "new": 0.4 - i / 50}
-               for i, run in enumerate(reproduce.study()["curves"])}
-    points = reproduce.curves(records)
-    assert points["MiB"][2] == ("10", 10, pytest.approx(36))
-    records.popitem()
-    assert not reproduce.curves(records)
-    drawn = ElementTree.fromstring(reproduce.draw_curves(
-        {"MiB": [("10", 20, 10), ("30", 30, 5)], "HRHF": [("0", 10, 40)]}))
-    circles = [tuple(float(c.get(key)) for key in ("cx", "cy"))
-               for c in drawn.iter("{http://www.w3.org/2000/svg}circle")]
-    assert circles == [(260, 340), (365, 392.5), (155, 25)]     # 420 units are 40 %
 
 
 def test_the_study_s_photographs_and_weights_are_those_of_its_records(finished, tmp_path):
