@@ -54,6 +54,7 @@ from model import DeepLabV3, upsample
 from seginversion import invert, stages
 
 REPEATS = 5
+TFLOPS = 50.0           # what one GPU is taken to sustain
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -535,6 +536,8 @@ def on_gpu(command="--dataset voc --task 15-1 --pretrained none", gpus=4):
         sustained = [flops / seconds / 1e12 for seconds in t["float32"]]
         yield row(f"{name}: TFLOP/s sustained in float32 (bench.py --plan --tflops)", sustained,
                   [1] * REPEATS)
+        yield row(f"{name}: hours / the plan's at {TFLOPS:g} TFLOP/s", [TFLOPS] * REPEATS,
+                  sustained)
         yield row(f"{name}: bfloat16 / float32", t["bfloat16"], t["float32"], "< 1")
         if DEVICE == "cuda":
             own = sum(x.nbytes for x in tensors(kept))
@@ -578,7 +581,7 @@ def parse(argv=None):
     a = parser.add_argument
     a("--plan", action="store_true", help="the cost of a run of train.py, whose flags follow")
     a("--gpus", type=int, default=1, help="--plan: how many")
-    a("--tflops", type=float, default=50.0, help="--plan: what one sustains; yours: a phase's "
+    a("--tflops", type=float, default=TFLOPS, help="--plan: what one sustains; yours: a phase's "
       "PFLOP over its seconds in results.json and GPUs")
     args, rest = parser.parse_known_args(argv)
     args.sections = rest or [name for name in SECTIONS if name != "cuda"]

@@ -3701,8 +3701,8 @@ def test_the_phases_are_measured_with_their_plan(monkeypatch):
     assert len(compiled) == 1
     assert [line.split(":")[0][2:] for line in lines[1:-1]] == [
         phase for phase in ("SegInversion at 16", "SegInversion at 32", "training", "evaluation")
-        for _ in range(2)]
-    assert all(float(line.split("|")[2]) > 0 for line in lines[1:] if "TFLOP" not in line)
+        for _ in range(3)]
+    assert all(float(line.split("|")[2]) > 0 for line in lines[1:] if "sustained" not in line)
     with pytest.raises(InputError, match="no GPU here"):
         bench.parse(["cuda"])
 
@@ -4256,21 +4256,23 @@ def test_neither_loop_waits_for_the_gpu(gpu, tmp_path, monkeypatch):
     """torch's own sync debug mode is the oracle; from the second iteration on, until a log line."""
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("float16's scaler waits")
-    mode = torch.cuda.set_sync_debug_mode
+    mode, net = torch.cuda.set_sync_debug_mode, tiny((4,)).to(gpu)
+    others = {64: seginversion.statistics_of(net, [torch.randn(2, 3, 64, 64, device=gpu)], 64)}
     try:
-        seginversion.invert(tiny((4,)).to(gpu), one_hot(1, 2), torch.full((2, 4), 5.0), sizes=[64],
-                            steps=24, part=1, spectrum=1.0, on_step=lambda i, _: mode("error"))
+        seginversion.invert(net, one_hot(1, 2), torch.full((2, 4), 5.0), sizes=[64], steps=24,
+                            part=1, spectrum=1.0, others=others,
+                            on_step=lambda i, _: mode("error"))
         mode("default")
         add, log = train.Progress.add, train.Progress.log
         monkeypatch.setattr(train.Progress, "add", lambda *a: (add(*a), mode("error")))
         monkeypatch.setattr(train.Progress, "log", lambda *a: (mode("default"), log(*a)))
         view = data.View(data.Shapes("val"), range(64),
-                         protocol.label_map([[*range(1, 21)]], 0, "train"),
+                         protocol.label_map([[*range(1, 16)], [16]], 1, "train"),
                          data.train_transform(64))
-        args = train.parse("--batch-size 8 --max-iters 6 --workers 0 --amp".split())
-        student = tiny((21,)).to(gpu)
-        train.train_step(student, methods.METHODS["hrhf"].objective_of(student, None, 1.0), view, 0,
-                         args, Run(tmp_path), World(device=gpu))
+        args = train.parse("--batch-size 8 --fake none --max-iters 6 --workers 0 --amp".split())
+        student, teacher = tiny((16, 1)).to(gpu), tiny((16,), seed=1).to(gpu).eval()
+        hrhf = methods.METHODS["hrhf"].objective_of(student, teacher.requires_grad_(False), 1.0)
+        train.train_step(student, hrhf, view, 1, args, Run(tmp_path), World(device=gpu))
     finally:
         mode("default")
 
