@@ -78,9 +78,9 @@ ROWS = {
              ANEW: "--no-reuse-fakes"},
     # distillation weights; without --lam the method's own
     "weights": {**{f"MiB, {lam or 10}": "--method mib" + (f" --lam {lam}" if lam else "")
-                  for lam in (1, 3, None, 30, 100)},
-               **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}"
-                  for lam in (0, 0.3, None, 3, 10)}},
+                   for lam in (1, 3, None, 30, 100)},
+                **{f"HRHF, {1 if lam is None else lam}": "" if lam is None else f"--lam {lam}"
+                   for lam in (0, 0.3, None, 3, 10)}},
     "first": {"python train.py": "", "without fakes": "--fake none"},
 }
 TITLES = {
