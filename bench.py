@@ -502,7 +502,8 @@ def plan(args, gpus, tflops):
     ours, flags = cheaper(args)
     theirs, less = (inversion_flops(a, classes, counts, steps) for a in (args, ours))
     if less < theirs:
-        yield f"SegInversion: {theirs / 1e15:.4g} PFLOP; with `{flags}` {less / 1e15:.4g}.\n"
+        yield (f"SegInversion: {theirs / 1e15:.4g} PFLOP; with `{flags}` {less / 1e15:.4g}, "
+               f"and the run {(all_flops - theirs + less) / 1e15:.4g}.\n")
     yield ("FLOPs: torch's counter (convolutions and products of matrices, a multiplication and an "
            "addition are two). GB: float32 tensors alive at once, without what kernels, DDP, nccl "
            "and the importances of EWC, PI and RW take; mixed precision needs less. Every step is "

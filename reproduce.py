@@ -4,7 +4,7 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
     python reproduce.py --make data                 # data/voc20 and voc6 out of data/VOCdevkit
     python reproduce.py --list                      # every run and a command for it
     python reproduce.py                             # all that have no record yet, then the tables
-    python reproduce.py --only 15-1/hrhf/1          # some of them; or figure3, or figure4
+    python reproduce.py --only voc20/15-1/hrhf/1    # one, or some; or figure3, or figure4
 
 A run is a command of train.py. Its record is a line of results/study.jsonl, and a run that has one
 is skipped; an interrupted run goes on where it stopped. Runs that begin alike share a step 0
@@ -277,11 +277,13 @@ def figure3(place):
 
 
 def figure4(place, count=6):
-    """Image, FT, MiB, HRHF, truth for some of voc20's test images; and HRHF's first fakes."""
+    """Image, FT, MiB, HRHF, truth for some of voc20's test images; and HRHF's first fakes, the
+    classes they were asked for to the records."""
     models = {row: network(run, place) for row, run in figure_runs().items()}
-    first = place.runs / figure_runs()["HRHF"].name / "fakes-step-1.png"
-    shutil.copyfile(first, place.records.with_name("fakes.png"))
-    about = models["HRHF"][1]
+    first, about = place.runs / figure_runs()["HRHF"].name / "fakes-step-1", models["HRHF"][1]
+    shutil.copyfile(first.with_suffix(".png"), place.records.with_name("fakes.png"))
+    asked = [" and ".join(about["classes"][c] for c in ids) for _, ids in fakes.read_fakes(first)]
+    add_record(place.records, {"name": "figure4", "commit": commit(), "asked": asked[:16]})
     steps = task_steps(TASK["voc20"], len(about["classes"]) - 1)
     test_set = data.load("voc", place.roots["voc20"], "val")
     view = test_view(test_set, test_set.labels(), steps, len(steps) - 1, about["crop"], "voc")
@@ -332,30 +334,35 @@ def claim_lines(tables):
     """
     lines = ["| claim | on | verdict | lead in points (seed) |", "|---|---|---|---|"]
     for claim, where, better, worse in CLAIMS:
-        for table, column, rows in tables:
-            a, b = rows.get(better, {}), rows.get(worse, {})
-            both = sorted(a.keys() & b.keys()) if table == where else []
+        of_claim = [each for each in tables if each[0] == where and better in each[2]]
+        if not of_claim:
+            lines.append(f"| {claim} |  | not run |  |")
+        for _, column, rows in of_claim:
+            if worse not in rows:                       # a column of few rows
+                continue
+            a, b = rows[better], rows[worse]
+            both = sorted(a.keys() & b.keys())
             seeds = [seed for seed in both if a[seed]["step 0"] == b[seed]["step 0"]]
             leads = [f"{100 * (a[seed]['all'] - b[seed]['all']):+.1f} ({seed})" if seed in seeds
                      else f"other step 0 ({seed})" for seed in both]
-            if both:
-                outcome = verdict(*([row[seed]["all"] for seed in seeds] for row in (a, b)))
-                lines.append(f"| {claim} | {' '.join(column).removesuffix(' disjoint')} | "
-                             f"{outcome} | {', '.join(leads)} |")
+            outcome = verdict(*([row[seed]["all"] for seed in seeds] for row in (a, b)))
+            lines.append(f"| {claim} | {' '.join(column).removesuffix(' disjoint')} | "
+                         f"{outcome if both else 'not run'} | {', '.join(leads)} |")
     return lines
 
 
 def shares_of_joint_and_replay(rows):
-    """Lines on two shares over the seeds that have all rows they are made of."""
+    """Lines on two shares over the seeds that have all rows they are made of, from one step 0."""
+    def scores(*names, joint=None):                     # a tuple for each seed
+        several = [rows.get(name, {}) for name in (*names, *[joint] * bool(joint))]
+        return [[row[seed]["all"] for row in several]
+                for seed in sorted(set.intersection(*map(set, several)))
+                if len({rows[name][seed]["step 0"] for name in names}) == 1]
     share = lambda text, values: [f"- {text}: {spread(values)} %"] if values else []
-    score = lambda row: {seed: record["all"] for seed, record in rows.get(row, {}).items()}
-    h, joint = score("HRHF"), score("Joint")
-    full, none, real = score(FULL), score(BASELINE), score(REAL)
-    return share("HRHF / Joint", [h[s] / joint[s] for s in sorted(h.keys() & joint.keys())
-                                  if joint[s]]) + \
-        share("replay recovery, (HRHF - Baseline) / (real - Baseline)",
-              [(full[s] - none[s]) / (real[s] - none[s])
-               for s in sorted(full.keys() & none.keys() & real.keys()) if real[s] != none[s]])
+    return [*share("HRHF / Joint", [h / j for h, j in scores("HRHF", joint="Joint") if j]),
+            *share("replay recovery, (HRHF - Baseline) / (real - Baseline)",
+                   [(full - none) / (real - none) for full, none, real in
+                    scores(FULL, BASELINE, REAL) if real != none])]
 
 
 def table_lines(column, rows):
@@ -401,7 +408,9 @@ def figure3_lines(record):
              "| r | " + " | ".join(shares) + " |", "|---" * (1 + len(shares)) + "|"]
     lines += [f"| {name} | {cells(share[name] for share in shares.values())} |" for name in classes]
     means = [statistics.mean(share[name] for name in classes) for share in shares.values()]
-    return [*lines, f"| all | {cells(means)} |", "", "![Figure 3](figure3.png)", ""]
+    return [*lines, f"| all | {cells(means)} |", "",
+            "Fakes and the network's segmentation, the classes from above as in the command:", "",
+            "![Figure 3](figure3.png)", ""]
 
 
 def report(records):
@@ -417,9 +426,10 @@ def report(records):
     lines += ["## How good the fakes are", "", *fakes_lines(records)]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     lines += figure3_lines(records["figure3"]) if "figure3" in records else ["Not run.", ""]
+    asked = records.get("figure4", {}).get("asked", [])
     lines += ["## Fakes and predictions of voc20 15-1, seed 1 (paper: Figure 4)", "",
-              "The fakes of step 1, the inverted network's segmentation under each:", "",
-              "![fakes](fakes.png)", "",
+              f"Fakes of step 1 ({', '.join(asked) or 'not run'}), the inverted network's "
+              "segmentation under each:", "", "![fakes](fakes.png)", "",
               "Image, FT, MiB and HRHF after the last step, truth, in VOC's colours:", "",
               "![predictions](figure4.png)"]
     schedules = [f"- {name}: `{flags}`" + "".join(f", `{method} {rate}`"

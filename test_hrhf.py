@@ -3687,7 +3687,11 @@ def test_the_plan_sums_seginversion_and_a_gpu_makes_whole_batches_of_fakes():
     # three batches of 16, 16 and 8: two on the busiest, in four parts each
     assert [int(row[4]) for row in rows] == [2 * 4 * 1000] * 5
     said = next(line for line in lines if line.startswith("SegInversion:"))
-    assert float(said.split()[1]) == pytest.approx(sum(float(row[5]) for row in rows), rel=2e-3)
+    theirs = sum(float(row[5]) for row in rows)
+    assert float(said.split()[1]) == pytest.approx(theirs, rel=2e-3)
+    less, run = map(float, re.search(r"` ([\d.e-]+), and the run ([\d.e-]+)\.$", said).groups())
+    whole, = (float(line.split("|")[5]) for line in lines if line.startswith("| all"))
+    assert run == pytest.approx(whole - theirs + less, rel=2e-3) and less < 0.2 * theirs
     dear = bench.plan(train.parse("--crop 32 --fake-steps 5".split()), 1, 1)    # dearer than this
     assert not [line for line in dear if line.startswith("SegInversion:")]
 
@@ -3853,8 +3857,9 @@ def test_the_study_names_every_different_run_once_and_all_its_commands_parse(cap
         assert by_name.setdefault(run.name, run)._replace(row="") == run._replace(row="")
         assert train.parse(run.argv).seed == run.seed
         assert (reproduce.REPLAY in run.flags) == run.row.endswith("(outside the protocol)")
-    reproduce.main(["--list", "--only", "15-1/hrhf/1"])
-    assert capsys.readouterr().out.split()[:3] == ["voc20/15-1/hrhf/1", "python", "train.py"]
+    reproduce.main(["--list", "--only", "voc20/15-1/hrhf/1"])
+    alone, = capsys.readouterr().out.splitlines()
+    assert alone.split()[:3] == ["voc20/15-1/hrhf/1", "python", "train.py"]
     for _, table, better, worse in reproduce.CLAIMS:        # some column has both rows
         runs = reproduce.study()[table]
         assert any({better, worse} <= {run.row for run in runs if run[:3] == where}
@@ -3864,7 +3869,7 @@ def test_the_study_names_every_different_run_once_and_all_its_commands_parse(cap
 def test_every_record_is_of_a_command_that_means_the_settings_it_says():
     records = reproduce.read_records(STUDY)
     known = {run.name: run for runs in reproduce.study().values() for run in runs}
-    assert records.keys() <= known.keys() | {"figure3"}
+    assert records.keys() <= known.keys() | {"figure3", "figure4"}
     for name, run in known.items():
         if name not in records:
             continue
@@ -3966,20 +3971,25 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
         "| ILT | 50.0 ± 0.0 | 15.0 ± 18.0 | 15.0 ± 18.0 | 15.0 ± 18.0 | 3 |",
         "| FT | 53.3 ± 5.8 | 10.0 ± 0.0 | 10.0 ± 0.0 | 10.0 ± 0.0 | 3 |", "",
         "- HRHF / Joint: 77.5 ± 3.5 %", ""]                 # not of the seed without a Joint
-    assert reproduce.claim_lines([
+    lines = reproduce.claim_lines([
         ("table1", ("voc6", "4-1", "disjoint"), rows),
         ("table1", ("shapes", "15-1", "overlapped"),
          rows_of(HRHF=[0.1, 0.1, 0.1], MiB=[0.2, 0.3, 0.4])),
-        ("table2", ("voc6", "4-1", "disjoint"), rows)]) == [
+        ("table2", ("voc6", "4-1", "disjoint"), rows)])
+    assert lines[7:] == [f"| {claim} |  | not run |  |" for claim, *_ in reproduce.CLAIMS[4:]]
+    assert lines[:7] == [
         "| claim | on | verdict | lead in points (seed) |", "|---|---|---|---|",
         "| HRHF beats MiB | voc6 4-1 | undecided | +20.0 (1), other step 0 (2) |",
         "| HRHF beats MiB | shapes 15-1 overlapped | does not hold | -10.0 (1), -20.0 (2), "
         "-30.0 (3) |",
+        "| HRHF beats LwF | voc6 4-1 | not run |  |",
         "| HRHF beats ILT | voc6 4-1 | undecided | +30.0 (1), +5.0 (2), +80.0 (3) |",
         "| HRHF beats fine-tuning | voc6 4-1 | holds | +20.0 (1), +30.0 (2), other step 0 (3) |"]
     rows = {reproduce.FULL: [0.3, 0.4, None], reproduce.BASELINE: [0.1, 0.2, None],
             reproduce.REAL: [0.5, 0.4, 0.9]}
-    assert reproduce.shares_of_joint_and_replay(rows_of(**rows)) == [
+    rows = rows_of(**{row: [*scores, 0.7] for row, scores in rows.items()})
+    rows[reproduce.FULL][4]["step 0"] = 0.6
+    assert reproduce.shares_of_joint_and_replay(rows) == [
         "- replay recovery, (HRHF - Baseline) / (real - Baseline): 75.0 ± 35.4 %"]
 
 
