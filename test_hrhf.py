@@ -3987,7 +3987,8 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
         "| HRHF beats fine-tuning | voc6 4-1 | holds | +20.0 (1), +30.0 (2), other step 0 (3) |"]
     rows = {reproduce.FULL: [0.3, 0.4, None], reproduce.BASELINE: [0.1, 0.2, None],
             reproduce.REAL: [0.5, 0.4, 0.9]}
-    rows = rows_of(**{row: [*scores, 0.7] for row, scores in rows.items()})
+    rows = rows_of(**{row: [*scores, other] for (row, scores), other in zip(rows.items(),
+                                                                            (0.3, 0.1, 0.9))})
     rows[reproduce.FULL][4]["step 0"] = 0.6
     assert reproduce.shares_of_joint_and_replay(rows) == [
         "- replay recovery, (HRHF - Baseline) / (real - Baseline): 75.0 ± 35.4 %"]
@@ -4128,6 +4129,28 @@ def test_the_pictures_are_of_finished_runs_whose_networks_are_trained_if_they_ar
     reproduce.figure3(small_study)
     assert trained[2:] == [run.name, str(folder / "step-0.pth")]
     assert "share" in reproduce.read_records(small_study.records)["figure3"]
+
+
+def test_figure_4_ends_its_rows_with_the_truth_and_names_what_each_fake_was_asked_for(
+        finished, small_study, monkeypatch):
+    monkeypatch.setitem(reproduce.TASK, "voc20", "1-1")
+    monkeypatch.setattr(reproduce, "network",
+                        lambda run, place: reproduce.load_model(finished / "run/step-2.pth"))
+    test_set = data.load("folder", finished / "data", "val")
+    monkeypatch.setattr(data, "load", lambda *_: test_set)
+    hrhf = small_study.runs / reproduce.figure_runs()["HRHF"].name
+    hrhf.parent.mkdir(parents=True)
+    hrhf.symlink_to(finished / "run")
+    reproduce.figure4(small_study._replace(roots={"voc20": finished / "data"}), count=2)
+    folder = small_study.records.parent
+    assert (folder / "fakes.png").read_bytes() == (finished / "run/fakes-step-1.png").read_bytes()
+    lines = map(json.loads, (finished / "run/fakes-step-1/manifest.jsonl").read_text().splitlines())
+    names = [test_set.classes[line["classes"][1]] for line in lines]    # one old class in step 1
+    assert reproduce.read_records(small_study.records)["figure4"]["asked"] == names[:16]
+    image, *predictions, truth = report.cut(folder / "figure4.png", 5, 1)[0][0]
+    shown = data.View(test_set, [0], torch.arange(256), data.test_transform(32))[0, 0][1]
+    assert np.array_equal(np.array(truth), data.colour(shown).permute(1, 2, 0))
+    assert len({p.tobytes() for p in predictions}) == 1 and image != truth
 
 
 # ------------------------------------------------------------------------ a GPU, where there is one
