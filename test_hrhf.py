@@ -4395,6 +4395,9 @@ def test_the_readmes_numbers_are_those_of_the_records():
                                                                                        records))]
         fewer = f" (n = {len(scores)})" * (len(scores) != int(rows[1][1]))
         assert cell == (f"{np.mean(scores):.1f}{fewer}" if scores else "not run")
+    holds = re.findall(r"^\| (.*) \| voc20 15-1 \| holds \|", reproduce.report(records), re.M)
+    assert re.search(r"holds on `voc20` 15-1: ([^.]*)\.",
+                     README.replace("\n", " "))[1].split(", ") == holds
     for name, _, *cells in rows[2:]:                        # the earlier study
         assert " / ".join(cells) in (HERE / "results/README.md").read_text().replace("\n", " ")
 
