@@ -350,13 +350,13 @@ def claim_lines(tables):
 
 def shares_of_joint_and_replay(rows):
     """Lines on two shares over the seeds that have all rows they are made of, from one step 0."""
-    def scores(*names, joint=None):                     # a tuple for each seed
-        several = [rows.get(name, {}) for name in (*names, *[joint] * bool(joint))]
+    def scores(*names):                                 # a tuple for each seed; Joint has no step 0
+        several = [rows.get(name, {}) for name in names]
         return [[row[seed]["all"] for row in several]
                 for seed in sorted(set.intersection(*map(set, several)))
-                if len({rows[name][seed]["step 0"] for name in names}) == 1]
+                if len({rows[name][seed]["step 0"] for name in names if name != "Joint"}) == 1]
     share = lambda text, values: [f"- {text}: {spread(values)} %"] if values else []
-    return [*share("HRHF / Joint", [h / j for h, j in scores("HRHF", joint="Joint") if j]),
+    return [*share("HRHF / Joint", [h / j for h, j in scores("HRHF", "Joint") if j]),
             *share("replay recovery, (HRHF - Baseline) / (real - Baseline)",
                    [(full - none) / (real - none) for full, none, real in
                     scores(FULL, BASELINE, REAL) if real != none])]
