@@ -1,7 +1,7 @@
 """
 The paper's tables at a size that two CPU cores can run: every run, and the tables made of them.
 
-    python reproduce.py --make data                 # data/voc20 and voc6 out of data/VOCdevkit
+    python photographs.py data                      # data/voc20 and voc6 out of data/VOCdevkit
     python reproduce.py --list                      # every run and a command for it
     python reproduce.py                             # all that have no record yet, then the tables
     python reproduce.py --only voc20/15-1/hrhf/1    # one, or some; or figure3, or figure4
@@ -9,13 +9,12 @@ The paper's tables at a size that two CPU cores can run: every run, and the tabl
 A run is a command of train.py. Its record is a line of results/study.jsonl, and a run that has one
 is skipped; an interrupted run goes on where it stopped. Runs that begin alike share a step 0
 (--step0), and Joint of another seed judges fakes: one process at a time for a data set. All tables
-are made of the records.
+are made of the records, by tables.py.
 """
 import argparse
 import json
 import shlex
 import shutil
-import statistics
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,19 +24,20 @@ from run import (InputError, Parser, check_file, commit, plain_errors, read_json
                  write_atomically)
 
 import numpy as np
-from PIL import Image
 
 import data
 import fakes
+import photographs
 import train
 from eval import test_view
 from methods import METHODS
 from model import load_model
 from protocol import task_steps
+from tables import (ANEW, BASELINE, FULL, OURS, PAPERS, REAL, prose, read_records, recorded,
+                    write_tables)
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3)
-VOC6_CLASSES = "background cat cow dog horse person sheep".split()
 
 # --------------------------------------------------------------------------------- what is run
 
@@ -64,9 +64,6 @@ MAIN = {"FT": "--method ft", "MiB": "--method mib", "HRHF": "", "Joint": "--meth
         "LwF": "--method lwf", "ILT": "--method ilt"}
 OTHERS = {"PI": "--method pi", "EWC": "--method ewc", "RW": "--method rw",
           "LwF-MC": "--method lwf-mc"}
-FULL, BASELINE = "+ SegInversion (HRHF)", "Baseline (no fakes)"
-REAL = "real old images (outside the protocol)"
-OURS, PAPERS, ANEW = "ours", "the paper's passes, made once", "ours, anew in every step"
 ROWS = {
     "table2": {BASELINE: "--fake none", "+ Noise": "--fake noise", FULL: "", REAL: REPLAY},
     "table3": {"AVG": "--r avg", "MAX": "--r max", "SAA (random r)": ""},
@@ -83,30 +80,6 @@ ROWS = {
                    for lam in (0, 0.3, None, 3, 10)}},
     "first": {"python train.py": "", "without fakes": "--fake none"},
 }
-TITLES = {
-    "first": "The first run of README (seed 42)",
-    "table1": "Methods (paper: Table 1)", "table2": "Fakes (paper: Table 2)",
-    "table3": "Aggregation (paper: Table 3)", "table4": "Scale r (paper: Table 4)",
-    "table5": "Knowledge distillation (paper: Table 5)",
-    "table6": "Real : fake in a mini-batch (paper: Table 6)",
-    "ours": "What is ours (not in the paper)",
-    "weights": "The weight of distillation"}
-CLAIMS = [                                              # text, table, better row, worse row
-    ("HRHF beats MiB", "table1", "HRHF", "MiB"), ("HRHF beats LwF", "table1", "HRHF", "LwF"),
-    ("HRHF beats ILT", "table1", "HRHF", "ILT"),
-    ("HRHF beats fine-tuning", "table1", "HRHF", "FT"),
-    ("fakes beat no fakes", "table2", FULL, BASELINE),
-    ("fakes beat noise", "table2", FULL, "+ Noise"),
-    ("SAA beats AVG", "table3", "SAA (random r)", "AVG"),
-    ("SAA beats MAX", "table3", "SAA (random r)", "MAX"),
-    *[(f"a random r beats r = {r}", "table4", "random", f"r = {r}")
-      for r in ("0.5", "1", "5", "10", "20")],
-    ("one random r an image beats one for every class of it", "table4", "random, one r an image",
-     "random"),
-    ("distillation helps", "table5", "with KD", "without KD"),
-    ("1:1 beats 1:2", "table6", "1:1", "1:2"), ("1:1 beats 2:1", "table6", "1:1", "2:1"),
-    ("our passes beat the paper's", "ours", OURS, PAPERS),
-    ("fakes made once beat fakes made anew", "ours", OURS, ANEW)]
 
 
 class Run(NamedTuple):
@@ -157,6 +130,13 @@ def study():
     }
 
 
+def schedules():
+    """How the runs of each data set are trained, as lines of a list."""
+    return [f"- {name}: `{flags}`" + "".join(f", `{method} {rate}`"
+                                             for method, rate in RATES[name].items())
+            for name, flags in SETTINGS.items()]
+
+
 def judge(run):
     """The network that judges a run's fakes: Joint of another seed."""
     return Run(run.dataset, TASK[run.dataset], "disjoint", "Joint", "--method joint",
@@ -170,21 +150,6 @@ class Place(NamedTuple):
     weights: str                # of MobileNetV2: a file, or "imagenet"
     runs: Path
     records: Path               # study.jsonl
-
-
-def read_records(path):
-    """{name: its record}; of two with one name the later."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    try:
-        return {record["name"]: record for record in map(json.loads, lines)}
-    except (ValueError, LookupError, TypeError):
-        raise InputError(f"{path}: damaged; remove its damaged line") from None
-
-
-def recorded(run, records):
-    """A run's record, if it is of the command as it is now."""
-    record = records.get(run.name)
-    return record if record and record["command"] == run.command else None
 
 
 def add_record(path, record):
@@ -295,205 +260,16 @@ def figure4(place, count=6):
     add_record(place.records, {"name": "figure4", "commit": commit(), "asked": asked[:16]})
 
 
-# ---------------------------------------------------------------------------------- the tables
-
-MARK = "<!-- from here on written by `python reproduce.py` out of study.jsonl: do not edit -->"
-JUDGED = ("found", "sure", "size", "real size", "judge found", "judge IoU")
-
-
-def spread(values):
-    """Mean and standard deviation over seeds, in percent."""
-    percent = [100 * v for v in values]
-    deviation = f" ± {statistics.stdev(percent):.1f}" if len(percent) > 1 else ""
-    return f"{statistics.mean(percent):.1f}{deviation}"
-
-
-def verdict(better, worse):
-    """A claim about two rows' scores: it holds if the ranges over the seeds say so, apart."""
-    if len(better) < 2 or len(worse) < 2:
-        return "undecided"
-    return "holds" if min(better) > max(worse) else \
-        "does not hold" if max(better) < min(worse) else "undecided"
-
-
-def columns_of(runs, records):
-    """{(data set, task, setting): {row: {seed: its record}}}; a row without a record is empty."""
-    columns = {}
-    for run in runs:
-        row = columns.setdefault(run[:3], {}).setdefault(run.row, {})
-        if record := recorded(run, records):
-            row[run.seed] = record
-    return {column: rows for column, rows in columns.items() if any(rows.values())}
-
-
-def claim_lines(tables):
-    """What the rows say of CLAIMS, on all classes, over the seeds that both have from one step 0.
-
-    tables: (table, column, rows) each
-    """
-    lines = ["| claim | on | verdict | lead in points (seed) |", "|---|---|---|---|"]
-    for claim, where, better, worse in CLAIMS:
-        of_claim = [(column, rows[better], rows[worse]) for table, column, rows in tables
-                    if table == where and {better, worse} <= rows.keys()]
-        if not of_claim:
-            lines.append(f"| {claim} |  | not run |  |")
-        for column, a, b in of_claim:
-            both = sorted(a.keys() & b.keys())
-            seeds = [seed for seed in both if a[seed]["step 0"] == b[seed]["step 0"]]
-            leads = [f"{100 * (a[seed]['all'] - b[seed]['all']):+.1f} ({seed})" if seed in seeds
-                     else f"other step 0 ({seed})" for seed in both]
-            outcome = verdict(*([row[seed]["all"] for seed in seeds] for row in (a, b)))
-            lines.append(f"| {claim} | {' '.join(column).removesuffix(' disjoint')} | "
-                         f"{outcome if both else 'not run'} | {', '.join(leads)} |")
-    return lines
-
-
-def shares_of_joint_and_replay(rows):
-    """Lines on two shares over the seeds that have all rows they are made of, from one step 0."""
-    def scores(*names):                                 # a tuple for each seed; Joint has no step 0
-        several = [rows.get(name, {}) for name in names]
-        return [[row[seed]["all"] for row in several]
-                for seed in sorted(set.intersection(*map(set, several)))
-                if len({rows[name][seed]["step 0"] for name in names if name != "Joint"}) == 1]
-    share = lambda text, values: [f"- {text}: {spread(values)} %"] if values else []
-    return [*share("HRHF / Joint", [h / j for h, j in scores("HRHF", "Joint") if j]),
-            *share("replay recovery, (HRHF - Baseline) / (real - Baseline)",
-                   [(full - none) / (real - none) for full, none, real in
-                    scores(FULL, BASELINE, REAL) if real != none])]
-
-
-def table_lines(column, rows):
-    lines = [f"| {' '.join(column)} | step 0 | old | new | all | n |", "|---|---|---|---|---|---|"]
-    for row, by_seed in rows.items():
-        done = list(by_seed.values())
-        cells = [spread([d[key] for d in done]) for key in ("step 0", "old", "new", "all")] \
-            if done else ["not run"] * 4
-        if row.startswith("Joint") and done:            # has one step alone
-            cells[0] = "-"
-        lines.append(f"| {row} | {' | '.join(cells)} | {len(done)} |")
-    shares = shares_of_joint_and_replay(rows)
-    return [*lines, "", *shares, *[""] * bool(shares)]
-
-
-def fakes_lines(records):
-    """How good the fakes are: a line a step, then a line a class of voc20 15-1."""
-    mean = lambda scores, key: statistics.mean(s[key] for s in scores.values())
-    table = lambda title, sets: [f"| {title} | {' | '.join(JUDGED)} | n |", "|---" * 8 + "|", *(
-        f"| {name} | " + " | ".join(spread([mean(scores, key) for scores in several])
-                                    for key in JUDGED) + f" | {len(several)} |"
-        for name, several in sets.items()), ""]
-    steps, classes = {}, {}
-    for run in dict.fromkeys(run._replace(row="") for runs in study().values() for run in runs
-                             if run.seed in SEEDS):
-        for step, scores in (recorded(run, records) or {}).get("fakes", {}).items():
-            name = " ".join([*run[:3], f"step {step}", run.flags]).strip()
-            steps.setdefault(name, []).append(scores)
-            for each in scores if run[:5] == ("voc20", "15-1", "disjoint", "", "") else ():
-                classes.setdefault(each, []).append({each: scores[each]})
-    of_classes = ["Of every class, over all steps and seeds of HRHF's voc20 15-1 disjoint:", "",
-                  *table("voc20 fakes of", dict(sorted(classes.items())))]
-    return [*(table("fakes of", steps) if steps else ["Not run.", ""]),
-            *(of_classes if classes else [])]
-
-
-def figure3_lines(record):
-    shares = record["share"]
-    classes = [name for name in next(iter(shares.values())) if name != "background"]
-    cells = lambda values: " | ".join(f"{100 * v:.1f} %" for v in values)
-    lines = [f"`{record['command']}`: share of the pixels that the inverted network gives to the "
-             "class asked for.", "",
-             "| r | " + " | ".join(shares) + " |", "|---" * (1 + len(shares)) + "|"]
-    lines += [f"| {name} | {cells(share[name] for share in shares.values())} |" for name in classes]
-    means = [statistics.mean(share[name] for name in classes) for share in shares.values()]
-    return [*lines, f"| all | {cells(means)} |", "",
-            "Fakes and the network's segmentation, from top to bottom the command's classes:", "",
-            "![Figure 3](figure3.png)", ""]
-
-
-def report(records):
-    """The tables of results/README.md as a string, from the records alone."""
-    lines, tables = [], []
-    for table, runs in study().items():
-        lines += [f"## {TITLES[table]}", ""]
-        columns = columns_of(runs, records)
-        for column, rows in columns.items():
-            lines += table_lines(column, rows)
-            tables.append((table, column, rows))
-        lines += [] if columns else ["Not run.", ""]
-    lines += ["## How good the fakes are", "", *fakes_lines(records)]
-    lines += ["## The same noise at three scales (paper: Figure 3)", ""]
-    lines += figure3_lines(records["figure3"]) if "figure3" in records else ["Not run.", ""]
-    asked = records.get("figure4", {}).get("asked", [])
-    lines += ["## Fakes and predictions of voc20 15-1, seed 1 (paper: Figure 4)", "",
-              f"Fakes of step 1 ({', '.join(asked) or 'not run'}), the inverted network's "
-              "segmentation under each:", "", "![fakes](fakes.png)", "",
-              "Image, FT, MiB and HRHF after the last step, truth, in VOC's colours:", "",
-              "![predictions](figure4.png)"]
-    schedules = [f"- {name}: `{flags}`" + "".join(f", `{method} {rate}`"
-                                                  for method, rate in RATES[name].items())
-                 for name, flags in SETTINGS.items()]
-    return "\n".join(["", "", "Schedules, and learning rates that differ:", "", *schedules, "",
-                      "## What holds", "", *claim_lines(tables), "", *lines, ""])
-
-
-# ------------------------------------------------------------------------------ voc6 and voc20
-
-def make_photographs(root):
-    """voc6 and voc20 out of the VOC 2012 in `root`, beside it: listed images, short side at most
-    192. voc6 is a `folder` with ids 1 .. 6, voc20 has VOC's own layout and ids."""
-    root, keep = Path(root), np.arange(256, dtype=np.uint8)
-    voc = root / "VOCdevkit" / "VOC2012"
-    for folder in ("JPEGImages", "SegmentationClass", "SegmentationClassAug"):
-        if not (voc / folder).is_dir():
-            raise InputError(f"--make {root}: no VOC 2012 there ({voc / folder} is no folder); "
-                             f"python data.py voc --data-root {root}")
-    six = np.array([VOC6_CLASSES.index(c) if c in VOC6_CLASSES else 0 for c in data.VOC_CLASSES]
-                   + [0] * (255 - len(data.VOC_CLASSES)) + [255], np.uint8)
-    for name, table, quality, target in (
-            ("voc6", six, 90, root / "voc6"),
-            ("voc20", keep, 88, root / "voc20" / "VOCdevkit" / "VOC2012")):
-        lists = json.loads((HERE / "results" / f"{name}.json").read_text())
-        for split, names in lists.items():
-            masks = "SegmentationClass" if split == "val" else "SegmentationClassAug"
-            made = target / ("SegmentationClass" if name == "voc6" else masks)
-            for folder in (target / "JPEGImages", made, target / "ImageSets/Segmentation"):
-                folder.mkdir(parents=True, exist_ok=True)
-            for each in names:
-                image = data.read_image(voc / "JPEGImages" / f"{each}.jpg")
-                mask = Image.fromarray(table[np.array(data.read_mask(voc / masks / f"{each}.png"))])
-                scale = min(1, 192 / min(image.size))
-                size = [round(side * scale) for side in image.size]
-                image = image.resize(size, Image.Resampling.BICUBIC)
-                mask = mask.resize(size, Image.Resampling.NEAREST)
-                write_atomically(target / "JPEGImages" / f"{each}.jpg",
-                                 lambda p: image.save(p, "JPEG", quality=quality))
-                write_atomically(made / f"{each}.png", lambda p: mask.save(p, "PNG"))
-            (target / f"ImageSets/Segmentation/{split}.txt").write_text(
-                "".join(f"{each}\n" for each in names))
-        if name == "voc6":
-            (target / "classes.txt").write_text("".join(f"{c}\n" for c in VOC6_CLASSES))
-        numbers = ", ".join(f"{len(names)} {split}" for split, names in lists.items())
-        print(f"{numbers} images in {root / name}")
-
-
-def check_photographs(args, name):
-    """The records are of these lists of images, these classes and these weights alone."""
-    root = Path(args.photos, name)
-    wanted = {root / "classes.txt": VOC6_CLASSES} if name == "voc6" else {}
-    lists = (root if name == "voc6" else root / "VOCdevkit" / "VOC2012") / "ImageSets/Segmentation"
-    for split, names in json.loads((HERE / "results" / f"{name}.json").read_text()).items():
-        wanted[lists / f"{split}.txt"] = names
-    for path, words in wanted.items():
-        if not path.is_file() or path.read_bytes().split() != [word.encode() for word in words]:
-            raise InputError(f"--photos {args.photos}: not {name}, {path} differs; see --make")
-    if args.weights != "imagenet":
-        check_file(Path(args.weights))
-        if not sha256(Path(args.weights).read_bytes()).startswith("b0353104"):
-            raise InputError(f"--weights {args.weights}: not torchvision's mobilenet_v2-b0353104."
-                             "pth, whose name has its digest")
-
-
 # ------------------------------------------------------------------------------------ commands
+
+def check_weights(weights):
+    """All records of photographs start from torchvision's weights."""
+    if weights != "imagenet":
+        check_file(Path(weights))
+        if not sha256(Path(weights).read_bytes()).startswith("b0353104"):
+            raise InputError(f"--weights {weights}: not torchvision's mobilenet_v2-b0353104.pth, "
+                             "whose name has its digest")
+
 
 def parse(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -504,34 +280,11 @@ def parse(argv=None):
     a("--photos", default="data", help="the folder of voc20 and voc6")
     a("--weights", default="imagenet", help="of MobileNetV2; torchvision's file saves a download")
     a("--runs", default="runs/study", help="folder of the runs")
-    a("--make", metavar="DATA_ROOT", help="make voc20 and voc6 beside the VOC 2012 there")
     return parser.parse_args(argv)
-
-
-def prose(readme):
-    """What stands above the tables of results/README.md, with the line that ends it."""
-    try:
-        head, mark, _ = readme.read_text(encoding="utf-8").partition(MARK)
-    except UnicodeDecodeError:
-        mark = ""
-    if not mark:
-        raise InputError(f"{readme}: lacks the line {MARK}; `git checkout {readme}` brings it back")
-    return head + mark
-
-
-def write_tables(path):
-    """Sort the records; the tables of results/README.md of them."""
-    records, readme = dict(sorted(read_records(path).items())), path.with_name("README.md")
-    tables = prose(readme) + report(records)
-    text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records.values())
-    write_atomically(path, lambda p: p.write_text(text))
-    write_atomically(readme, lambda p: p.write_text(tables, encoding="utf-8"))
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.make is not None:
-        return make_photographs(args.make)
     roots = {name: Path(args.photos, name) for name in ("voc20", "voc6")}
     place = Place({"shapes": "data", **roots}, args.weights, Path(args.runs),
                   HERE / "results" / "study.jsonl")
@@ -548,7 +301,8 @@ def main(argv=None):
         todo = [run for run in runs.values() if not recorded(run, records)]
         used = [run.dataset for run in todo] + ["voc20"] * len(pictures)
         for name in sorted({*used} - {"shapes"}):
-            check_photographs(args, name)
+            photographs.check(roots[name], name)
+            check_weights(args.weights)
         prose(place.records.with_name("README.md"))     # before hours of runs
         for run in todo:                                # one that diverges does not stop the rest
             try:
@@ -557,7 +311,7 @@ def main(argv=None):
                 diverged.append(f"{run.name}: {error}")
         for draw in pictures:
             draw(place)
-    write_tables(place.records)
+    write_tables(place.records, study(), schedules())
     if diverged:
         raise FloatingPointError(f"{len(diverged)} of {len(todo)} diverged; {diverged[0]}")
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 # Ctrl-C while the imports below take their seconds, which plain_errors cannot see: no traceback.
 if Path(sys.argv[0]).resolve() in [Path(__file__).resolve().with_name(f"{name}.py") for name in (
-        "train", "eval", "fakes", "data", "report", "bench", "reproduce")]:
+        "train", "eval", "fakes", "data", "report", "bench", "reproduce", "photographs")]:
     signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
 
 import numpy as np

@@ -49,12 +49,14 @@ import fakes
 import fast
 import methods
 import model
+import photographs
 import pictures
 import protocol
 import report
 import reproduce
 import run as run_module
 import seginversion
+import tables
 import train
 from run import InputError, Run, World
 from saa import scale_aware_aggregation
@@ -2990,7 +2992,7 @@ def test_a_pipe_is_not_replaced_and_short_memory_does_not_call_a_file_damaged(
 
 
 @pytest.mark.parametrize("script", ["train", "eval", "fakes", "data", "report", "bench",
-                                    "reproduce"])
+                                    "reproduce", "photographs"])
 def test_ctrl_c_during_the_imports_is_no_traceback(script):
     process = subprocess.Popen([sys.executable, f"{script}.py", "--help"], cwd=HERE, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -3860,20 +3862,20 @@ def test_the_study_names_every_different_run_once_and_all_its_commands_parse(cap
     reproduce.main(["--list", "--only", "voc20/15-1/hrhf/1"])
     alone, = capsys.readouterr().out.splitlines()
     assert alone.split()[:3] == ["voc20/15-1/hrhf/1", "python", "train.py"]
-    for _, table, better, worse in reproduce.CLAIMS:        # some column has both rows
+    for _, table, better, worse in tables.CLAIMS:        # some column has both rows
         runs = reproduce.study()[table]
         assert any({better, worse} <= {run.row for run in runs if run[:3] == where}
                    for where in {run[:3] for run in runs})
 
 
 def test_every_record_is_of_a_command_that_means_the_settings_it_says():
-    records = reproduce.read_records(STUDY)
+    records = tables.read_records(STUDY)
     known = {run.name: run for runs in reproduce.study().values() for run in runs}
     assert records.keys() <= known.keys() | {"figure3", "figure4"}
     for name, run in known.items():
         if name not in records:
             continue
-        assert reproduce.recorded(run, records)["seconds"] > 0
+        assert tables.recorded(run, records)["seconds"] > 0
         judge = reproduce.judge(run)                        # of another seed
         assert judge.seed != run.seed
         assert judge.name in records or "fakes" not in records[name]
@@ -3883,7 +3885,7 @@ def test_every_record_is_of_a_command_that_means_the_settings_it_says():
             k: v for k, v in settings.items() if k != "fake"}, name
     name = min(records.keys() & known.keys())
     record = records[name]
-    assert not reproduce.recorded(known[name]._replace(flags="--lr 7"), {name: record})
+    assert not tables.recorded(known[name]._replace(flags="--lr 7"), {name: record})
 
 
 def test_the_tables_are_made_of_the_committed_records(tmp_path):
@@ -3891,12 +3893,12 @@ def test_the_tables_are_made_of_the_committed_records(tmp_path):
     for name in names:
         shutil.copyfile(STUDY.with_name(name), tmp_path / name)
     for _ in range(2):                                      # what is written is not added to
-        reproduce.write_tables(tmp_path / STUDY.name)
+        tables.write_tables(tmp_path / STUDY.name, reproduce.study(), reproduce.schedules())
         for name in names:
             assert (tmp_path / name).read_text() == STUDY.with_name(name).read_text()
     (tmp_path / "README.md").write_text("Prose that lost its last line.")
     with pytest.raises(InputError, match="README.md: lacks the line <!-- from here on"):
-        reproduce.write_tables(tmp_path / STUDY.name)
+        tables.write_tables(tmp_path / STUDY.name, reproduce.study(), reproduce.schedules())
 
 
 def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_judged(
@@ -3910,8 +3912,8 @@ def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_jud
     assert [(f"--out {small_study.runs / run.name}" in " ".join(argv), "--step0" in argv)
             for run, (argv, _) in zip([*runs[:2], judge, runs[2]], calls, strict=True)] == [
         (True, False), (True, True), (True, False), (True, False)]
-    records = reproduce.read_records(small_study.records)
-    none, hrhf, _ = (reproduce.recorded(run, records) for run in runs)
+    records = tables.read_records(small_study.records)
+    none, hrhf, _ = (tables.recorded(run, records) for run in runs)
     assert none["step 0"] == hrhf["step 0"] and "fakes" not in none and len(none["iou"]) == 4
     assert {step: list(scores) for step, scores in hrhf["fakes"].items()} == {
         "1": ["cat"], "2": ["dog"]}                         # made once
@@ -3919,10 +3921,10 @@ def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_jud
     monkeypatch.setattr(reproduce, "study", lambda: {"table1": runs})
     monkeypatch.setattr(reproduce, "HERE", small_study.records.parent)
     (small_study.records.parent / "results").mkdir()
-    (small_study.records.parent / "results/README.md").write_text(reproduce.MARK)
+    (small_study.records.parent / "results/README.md").write_text(tables.MARK)
     small_study.records.rename(small_study.records.parent / "results/study.jsonl")
     monkeypatch.setattr(reproduce, "recorded", lambda run, records: records.get(run.name))
-    monkeypatch.setattr(reproduce, "write_tables", lambda path: calls.append("tables"))
+    monkeypatch.setattr(reproduce, "write_tables", lambda *_: calls.append("tables"))
     reproduce.main(["--runs", str(small_study.runs)])       # nothing is left to do
     assert calls[4:] == ["tables"]
 
@@ -3935,19 +3937,19 @@ def test_a_run_that_diverges_does_not_keep_the_rest_from_running(tmp_path, monke
             raise FloatingPointError("try a lower rate")
     monkeypatch.setattr(reproduce, "perform", perform)
     monkeypatch.setattr(reproduce, "read_records", lambda path: {})
-    monkeypatch.setattr(reproduce, "write_tables", lambda path: done.append("tables"))
+    monkeypatch.setattr(reproduce, "write_tables", lambda *_: done.append("tables"))
     with pytest.raises(FloatingPointError, match="1 of 3 diverged; shapes/15-1/mib/1: try a lower"):
         reproduce.main(["--only", "shapes/15-1/mib", "--runs", str(tmp_path)])
     assert done == [*(f"shapes/15-1/mib/{seed}" for seed in (1, 2, 3)), "tables"]
 
 
 def test_mean_and_spread_are_over_the_seeds_in_percent_and_a_claim_holds_if_they_do_not_overlap():
-    assert reproduce.spread([0.10, 0.20, 0.60]) == "30.0 ± 26.5"
-    assert reproduce.spread([0.123]) == "12.3"
-    assert reproduce.verdict([0.3, 0.4], [0.1, 0.29]) == "holds"
-    assert reproduce.verdict([0.1, 0.2], [0.21, 0.3]) == "does not hold"
-    assert reproduce.verdict([0.1, 0.3], [0.2, 0.25]) == "undecided"
-    assert reproduce.verdict([0.3], [0.1]) == "undecided"   # fewer than two seeds
+    assert tables.spread([0.10, 0.20, 0.60]) == "30.0 ± 26.5"
+    assert tables.spread([0.123]) == "12.3"
+    assert tables.verdict([0.3, 0.4], [0.1, 0.29]) == "holds"
+    assert tables.verdict([0.1, 0.2], [0.21, 0.3]) == "does not hold"
+    assert tables.verdict([0.1, 0.3], [0.2, 0.25]) == "undecided"
+    assert tables.verdict([0.3], [0.1]) == "undecided"   # fewer than two seeds
 
 
 def rows_of(**scores):
@@ -3962,7 +3964,7 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
     rows = rows_of(HRHF=[0.3, 0.4, 0.9], MiB=[0.1, 0.2, None], Joint=[0.4, 0.5, 0.0],
                    LwF=[None] * 3, ILT=[0.0, 0.35, 0.1], FT=[0.1, 0.1, 0.1])
     rows["MiB"][2]["step 0"] = rows["FT"][3]["step 0"] = 0.6
-    assert reproduce.table_lines(("voc6", "4-1", "disjoint"), rows) == [
+    assert tables.table_lines(("voc6", "4-1", "disjoint"), rows) == [
         "| voc6 4-1 disjoint | step 0 | old | new | all | n |", "|---|---|---|---|---|---|",
         "| HRHF | 50.0 ± 0.0 | 53.3 ± 32.1 | 53.3 ± 32.1 | 53.3 ± 32.1 | 3 |",
         "| MiB | 55.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1 | 15.0 ± 7.1 | 2 |",
@@ -3971,12 +3973,12 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
         "| ILT | 50.0 ± 0.0 | 15.0 ± 18.0 | 15.0 ± 18.0 | 15.0 ± 18.0 | 3 |",
         "| FT | 53.3 ± 5.8 | 10.0 ± 0.0 | 10.0 ± 0.0 | 10.0 ± 0.0 | 3 |", "",
         "- HRHF / Joint: 77.5 ± 3.5 %", ""]                 # not of the seed without a Joint
-    lines = reproduce.claim_lines([
+    lines = tables.claim_lines([
         ("table1", ("voc6", "4-1", "disjoint"), rows),
         ("table1", ("shapes", "15-1", "overlapped"),
          rows_of(HRHF=[0.1, 0.1, 0.1], MiB=[0.2, 0.3, 0.4])),
         ("table2", ("voc6", "4-1", "disjoint"), rows)])
-    assert lines[7:] == [f"| {claim} |  | not run |  |" for claim, *_ in reproduce.CLAIMS[4:]]
+    assert lines[7:] == [f"| {claim} |  | not run |  |" for claim, *_ in tables.CLAIMS[4:]]
     assert lines[:7] == [
         "| claim | on | verdict | lead in points (seed) |", "|---|---|---|---|",
         "| HRHF beats MiB | voc6 4-1 | undecided | +20.0 (1), other step 0 (2) |",
@@ -3985,53 +3987,51 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
         "| HRHF beats LwF | voc6 4-1 | not run |  |",
         "| HRHF beats ILT | voc6 4-1 | undecided | +30.0 (1), +5.0 (2), +80.0 (3) |",
         "| HRHF beats fine-tuning | voc6 4-1 | holds | +20.0 (1), +30.0 (2), other step 0 (3) |"]
-    rows = {reproduce.FULL: [0.3, 0.4, None], reproduce.BASELINE: [0.1, 0.2, None],
+    rows = {tables.FULL: [0.3, 0.4, None], tables.BASELINE: [0.1, 0.2, None],
             reproduce.REAL: [0.5, 0.4, 0.9]}
     rows = rows_of(**{row: [*scores, other] for (row, scores), other in zip(rows.items(),
                                                                             (0.3, 0.1, 0.9))})
-    rows[reproduce.FULL][4]["step 0"] = 0.6
-    assert reproduce.shares_of_joint_and_replay(rows) == [
+    rows[tables.FULL][4]["step 0"] = 0.6
+    assert tables.shares_of_joint_and_replay(rows) == [
         "- replay recovery, (HRHF - Baseline) / (real - Baseline): 75.0 ± 35.4 %"]
 
 
 def test_judged_fakes_become_means_over_classes_and_seeds_and_other_flags_have_rows_of_their_own():
-    one = lambda v: dict.fromkeys(reproduce.JUDGED, v)
+    one = lambda v: dict.fromkeys(tables.JUDGED, v)
     records = {}
     for seed, flags, sets in ((1, "", {"cat": one(0.2), "dog": one(0.4)}),
                               (2, "", {"cat": one(0.5)}),
                               (1, "--no-reuse-fakes", {"cat": one(0.125)})):
         run = reproduce.Run("voc20", "15-1", "disjoint", "", flags, seed)
         records[run.name] = {"name": run.name, "command": run.command, "fakes": {"1": sets}}
-    rows = [line for line in reproduce.fakes_lines(records) if re.search(r"\d \|$", line)]
+    rows = [line for line in tables.fakes_lines(reproduce.study(), records) if re.search(r"\d \|$", line)]
     assert rows == ["| voc20 15-1 disjoint step 1 |" + " 40.0 ± 14.1 |" * 6 + " 2 |",
                     "| voc20 15-1 disjoint step 1 --no-reuse-fakes |" + " 12.5 |" * 6 + " 1 |",
                     "| cat |" + " 35.0 ± 21.2 |" * 6 + " 2 |", "| dog |" + " 40.0 |" * 6 + " 1 |"]
 
 
 def test_the_study_s_photographs_and_weights_are_those_of_its_records(finished, tmp_path):
-    check = lambda *flags: [reproduce.check_photographs(reproduce.parse(["--photos", *flags]), name)
-                            for name in ("voc6", "voc20")]
-    for folder in (str(finished / "data"), "nowhere"):
-        with pytest.raises(InputError, match=f"--photos {folder}: not voc6"):
+    check = lambda root: [photographs.check(root / name, name) for name in ("voc6", "voc20")]
+    for folder in (finished / "data", Path("nowhere")):
+        with pytest.raises(InputError, match=f"{folder}/voc6: not the study's voc6"):
             check(folder)
     for name, folder in (("voc6", "voc6"), ("voc20", "voc20/VOCdevkit/VOC2012")):
         lists = tmp_path / folder / "ImageSets/Segmentation"
         lists.mkdir(parents=True)
         for split, ids in json.loads((HERE / f"results/{name}.json").read_text()).items():
             (lists / f"{split}.txt").write_text("".join(f"{each}\n" for each in ids))
-    (tmp_path / "voc6/classes.txt").write_text("\n".join(reproduce.VOC6_CLASSES))
-    check(str(tmp_path))
+    (tmp_path / "voc6/classes.txt").write_text("\n".join(photographs.VOC6_CLASSES))
+    check(tmp_path)
     (tmp_path / "voc20/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").rename(tmp_path / "val")
-    with pytest.raises(InputError, match="not voc20, .*val.txt differs"):
-        check(str(tmp_path))
-    (tmp_path / "val").rename(tmp_path / "voc20/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt")
+    with pytest.raises(InputError, match="not the study's voc20, .*val.txt differs"):
+        check(tmp_path)
     (tmp_path / "other.pth").write_bytes(b"other")
     for weights, text in (("other.pth", "other.pth: not torchvision's"),
                           ("no.pth", "no.pth: No such")):
         with pytest.raises(InputError, match=text):
-            check(str(tmp_path), "--weights", str(tmp_path / weights))
-    with pytest.raises(InputError, match="--make .*made: no VOC 2012 there"):
-        reproduce.main(["--make", str(tmp_path / "made")])
+            reproduce.check_weights(str(tmp_path / weights))
+    with pytest.raises(InputError, match="made: no VOC 2012 there"):
+        photographs.main([str(tmp_path / "made")])
     assert not (tmp_path / "made").exists()
 
 
@@ -4051,8 +4051,8 @@ def test_voc6_and_voc20_are_made_out_of_voc_2012(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "results/voc6.json").write_text('{"train": ["a"], "val": ["b"]}')
     (tmp_path / "results/voc20.json").write_text('{"train_aug": ["a"], "val": ["b"]}')
-    monkeypatch.setattr(reproduce, "HERE", tmp_path)
-    reproduce.main(["--make", str(tmp_path)])
+    monkeypatch.setattr(photographs, "HERE", tmp_path)
+    photographs.main([str(tmp_path)])
     for split, size in (("train", (256, 192)), ("val", (200, 150))):
         six, twenty = (data.load(kind, tmp_path / name, split)
                        for kind, name in (("folder", "voc6"), ("voc", "voc20")))
@@ -4128,7 +4128,7 @@ def test_the_pictures_are_of_finished_runs_whose_networks_are_trained_if_they_ar
                         lambda argv: trained.append(argv[argv.index("--checkpoint") + 1]))
     reproduce.figure3(small_study)
     assert trained[2:] == [run.name, str(folder / "step-0.pth")]
-    assert "share" in reproduce.read_records(small_study.records)["figure3"]
+    assert "share" in tables.read_records(small_study.records)["figure3"]
 
 
 def test_figure_4_ends_its_rows_with_the_truth_and_names_what_each_fake_was_asked_for(
@@ -4147,7 +4147,7 @@ def test_figure_4_ends_its_rows_with_the_truth_and_names_what_each_fake_was_aske
     assert (folder / "fakes.png").read_bytes() == (finished / "run/fakes-step-1.png").read_bytes()
     lines = map(json.loads, (finished / "run/fakes-step-1/manifest.jsonl").read_text().splitlines())
     names = [test_set.classes[line["classes"][1]] for line in lines]    # one old class in step 1
-    assert reproduce.read_records(small_study.records)["figure4"]["asked"] == names[:16]
+    assert tables.read_records(small_study.records)["figure4"]["asked"] == names[:16]
     image, *predictions, truth = report.cut(folder / "figure4.png", 5, 1)[0][0]
     x, shown = data.View(test_set, [0], torch.arange(256), data.test_transform(32))[0, 0]
     expected = [data.denormalise(x), *(fakes.segment(model, x[None])[0]
@@ -4374,8 +4374,8 @@ def test_the_readmes_file_map_names_the_files_that_are_there():
 
 
 def test_the_readmes_numbers_are_those_of_the_records():
-    records = reproduce.read_records(STUDY)
-    first, none = (reproduce.recorded(run, records) for run in reproduce.study()["first"])
+    records = tables.read_records(STUDY)
+    first, none = (tables.recorded(run, records) for run in reproduce.study()["first"])
     assert evaluation.table(first["final"], {"dataset": "shapes", "task": "", "setting": "",
                                              "method": ""}) in README
     percent = lambda record: [f"{100 * record[key]:.1f}" for key in ("old", "new", "all")]
@@ -4389,16 +4389,17 @@ def test_the_readmes_numbers_are_those_of_the_records():
     assert rows[0][2:] == [str(theirs[name][2]) for name in ("hrhf", "mib")] + [
         "27.5", "27.6", str(theirs["joint"][2])]            # no fakes and noise: of Table 2
     where = dict(zip(head[2:], (("table1", "HRHF"), ("table1", "MiB"),
-                                ("table2", reproduce.BASELINE), ("table2", "+ Noise"),
+                                ("table2", tables.BASELINE), ("table2", "+ Noise"),
                                 ("table1", "Joint"))))
     for row, cell in zip(where, rows[1][2:]):
         name, of = where[row]
         runs = [run for run in study[name] if run[:4] == ("voc20", "15-1", "disjoint", of)]
-        scores = [100 * record["all"] for run in runs if (record := reproduce.recorded(run,
+        scores = [100 * record["all"] for run in runs if (record := tables.recorded(run,
                                                                                        records))]
         fewer = f" (n = {len(scores)})" * (len(scores) != int(rows[1][1]))
         assert cell == (f"{np.mean(scores):.1f}{fewer}" if scores else "not run")
-    holds = re.findall(r"^\| (.*) \| voc20 15-1 \| holds \|", reproduce.report(records), re.M)
+    holds = re.findall(r"^\| (.*) \| voc20 15-1 \| holds \|", tables.report(study, [], records),
+                       re.M)
     assert re.search(r"holds on `voc20` 15-1: ([^.]*)\.",
                      README.replace("\n", " "))[1].split(", ") == holds
     for name, _, *cells in rows[2:]:                        # the earlier study
