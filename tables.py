@@ -168,7 +168,7 @@ def figure3_lines(record):
 
 
 def report(study, schedules, records):
-    """What stands below MARK in results/README.md; schedules: lines on how the runs were trained."""
+    """What stands below MARK in results/README.md; schedules: lines on the runs' training."""
     lines, tables = [], []
     for table, runs in study.items():
         lines += [f"## {TITLES[table]}", ""]

@@ -4004,7 +4004,8 @@ def test_judged_fakes_become_means_over_classes_and_seeds_and_other_flags_have_r
                               (1, "--no-reuse-fakes", {"cat": one(0.125)})):
         run = reproduce.Run("voc20", "15-1", "disjoint", "", flags, seed)
         records[run.name] = {"name": run.name, "command": run.command, "fakes": {"1": sets}}
-    rows = [line for line in tables.fakes_lines(reproduce.study(), records) if re.search(r"\d \|$", line)]
+    rows = [line for line in tables.fakes_lines(reproduce.study(), records)
+            if re.search(r"\d \|$", line)]
     assert rows == ["| voc20 15-1 disjoint step 1 |" + " 40.0 ± 14.1 |" * 6 + " 2 |",
                     "| voc20 15-1 disjoint step 1 --no-reuse-fakes |" + " 12.5 |" * 6 + " 1 |",
                     "| cat |" + " 35.0 ± 21.2 |" * 6 + " 2 |", "| dog |" + " 40.0 |" * 6 + " 1 |"]
