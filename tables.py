@@ -4,10 +4,11 @@ Tables and claims out of records of runs: what reproduce.py writes into results/
 study:   {table: its runs}, each a reproduce.Run
 records: {name: record}, the lines of results/study.jsonl
 
-A claim says that one row of a table beats another. It holds, or does not, if over the seeds that
-both have from one step 0 the ranges of their mIoU on all classes are apart.
+A claim says that one row of a table beats another on all classes. Its two rows share a step 0 for
+each seed, so it is about their differences: it holds, or does not, by a paired t-test of 5 %.
 """
 import json
+import math
 import statistics
 
 from run import InputError, write_atomically
@@ -40,6 +41,7 @@ CLAIMS = [                                              # text, table, better ro
     ("our passes beat the paper's", "ours", OURS, PAPERS),
     ("fakes made once beat fakes made anew", "ours", OURS, ANEW)]
 MARK = "<!-- from here on written by `python reproduce.py` out of study.jsonl: do not edit -->"
+T = {2: 12.71, 3: 4.30}     # Student's t, two-sided 5 %, for so many seeds
 JUDGED = ("found", "sure", "size", "real size", "judge found", "judge IoU")
 
 
@@ -65,12 +67,14 @@ def spread(values):
     return f"{statistics.mean(percent):.1f}{deviation}"
 
 
-def verdict(better, worse):
-    """A claim about two rows' scores: it holds if the ranges over the seeds say so, apart."""
-    if len(better) < 2 or len(worse) < 2:
+def verdict(leads):
+    """What one row's leads over another, a seed each, say of the claim that it is ahead."""
+    if len(leads) < 2:
         return "undecided"
-    return "holds" if min(better) > max(worse) else \
-        "does not hold" if max(better) < min(worse) else "undecided"
+    lead, error = statistics.mean(leads), statistics.stdev(leads) / math.sqrt(len(leads))
+    if abs(lead) <= T[len(leads)] * error:
+        return "undecided"
+    return "holds" if lead > 0 else "does not hold"
 
 
 def columns_of(runs, records):
@@ -96,12 +100,13 @@ def claim_lines(tables):
             lines.append(f"| {claim} |  | not run |  |")
         for column, a, b in of_claim:
             both = sorted(a.keys() & b.keys())
-            seeds = [seed for seed in both if a[seed]["step 0"] == b[seed]["step 0"]]
-            leads = [f"{100 * (a[seed]['all'] - b[seed]['all']):+.1f} ({seed})" if seed in seeds
+            leads = {seed: a[seed]["all"] - b[seed]["all"] for seed in both
+                     if a[seed]["step 0"] == b[seed]["step 0"]}
+            texts = [f"{100 * leads[seed]:+.1f} ({seed})" if seed in leads
                      else f"other step 0 ({seed})" for seed in both]
-            outcome = verdict(*([row[seed]["all"] for seed in seeds] for row in (a, b)))
             lines.append(f"| {claim} | {' '.join(column).removesuffix(' disjoint')} | "
-                         f"{outcome if both else 'not run'} | {', '.join(leads)} |")
+                         f"{verdict([*leads.values()]) if both else 'not run'} | "
+                         f"{', '.join(texts)} |")
     return lines
 
 
@@ -113,10 +118,11 @@ def shares_of_joint_and_replay(rows):
                 for seed in sorted(set.intersection(*map(set, several)))
                 if len({rows[name][seed]["step 0"] for name in names if name != "Joint"}) == 1]
     share = lambda text, values: [f"- {text}: {spread(values)} %"] if values else []
+    replay = scores(FULL, BASELINE, REAL)
+    gained = all(real - none > 0.01 for _, none, real in replay)        # else a share of nothing
     return [*share("HRHF / Joint", [h / j for h, j in scores("HRHF", "Joint") if j]),
             *share("replay recovery, (HRHF - Baseline) / (real - Baseline)",
-                   [(full - none) / (real - none) for full, none, real in
-                    scores(FULL, BASELINE, REAL) if real != none])]
+                   [(full - none) / (real - none) for full, none, real in replay if gained])]
 
 
 def table_lines(column, rows):

@@ -3943,13 +3943,17 @@ def test_a_run_that_diverges_does_not_keep_the_rest_from_running(tmp_path, monke
     assert done == [*(f"shapes/15-1/mib/{seed}" for seed in (1, 2, 3)), "tables"]
 
 
-def test_mean_and_spread_are_over_the_seeds_in_percent_and_a_claim_holds_if_they_do_not_overlap():
+def test_mean_and_spread_are_over_the_seeds_in_percent_and_a_claim_holds_by_a_paired_t_test():
     assert tables.spread([0.10, 0.20, 0.60]) == "30.0 ± 26.5"
     assert tables.spread([0.123]) == "12.3"
-    assert tables.verdict([0.3, 0.4], [0.1, 0.29]) == "holds"
-    assert tables.verdict([0.1, 0.2], [0.21, 0.3]) == "does not hold"
-    assert tables.verdict([0.1, 0.3], [0.2, 0.25]) == "undecided"
-    assert tables.verdict([0.3], [0.1]) == "undecided"   # fewer than two seeds
+    # by hand: mean 0.03, standard error 0.01 / sqrt(3), and 4.30 of these are 0.0248; but 0.0372
+    assert tables.verdict([0.02, 0.03, 0.04]) == "holds"
+    assert tables.verdict([0.015, 0.03, 0.045]) == "undecided"
+    assert tables.verdict([-0.02, -0.03, -0.04]) == "does not hold"
+    # mean 0.03; 12.71 standard errors of two seeds are 0.0254 and 0.0381
+    assert tables.verdict([0.028, 0.032]) == "holds"
+    assert tables.verdict([0.027, 0.033]) == "undecided"
+    assert tables.verdict([0.2]) == "undecided"
 
 
 def rows_of(**scores):
@@ -3962,7 +3966,7 @@ def rows_of(**scores):
 
 def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_from_one_step_0():
     rows = rows_of(HRHF=[0.3, 0.4, 0.9], MiB=[0.1, 0.2, None], Joint=[0.4, 0.5, 0.0],
-                   LwF=[None] * 3, ILT=[0.0, 0.35, 0.1], FT=[0.1, 0.1, 0.1])
+                   LwF=[None] * 3, ILT=[0.0, 0.35, 0.1], FT=[0.1, 0.2, 0.1])
     rows["MiB"][2]["step 0"] = rows["FT"][3]["step 0"] = 0.6
     assert tables.table_lines(("voc6", "4-1", "disjoint"), rows) == [
         "| voc6 4-1 disjoint | step 0 | old | new | all | n |", "|---|---|---|---|---|---|",
@@ -3971,22 +3975,22 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
         "| Joint | - | 30.0 ± 26.5 | 30.0 ± 26.5 | 30.0 ± 26.5 | 3 |",
         "| LwF | not run | not run | not run | not run | 0 |",
         "| ILT | 50.0 ± 0.0 | 15.0 ± 18.0 | 15.0 ± 18.0 | 15.0 ± 18.0 | 3 |",
-        "| FT | 53.3 ± 5.8 | 10.0 ± 0.0 | 10.0 ± 0.0 | 10.0 ± 0.0 | 3 |", "",
+        "| FT | 53.3 ± 5.8 | 13.3 ± 5.8 | 13.3 ± 5.8 | 13.3 ± 5.8 | 3 |", "",
         "- HRHF / Joint: 77.5 ± 3.5 %", ""]                 # not of the seed without a Joint
     lines = tables.claim_lines([
         ("table1", ("voc6", "4-1", "disjoint"), rows),
         ("table1", ("shapes", "15-1", "overlapped"),
-         rows_of(HRHF=[0.1, 0.1, 0.1], MiB=[0.2, 0.3, 0.4])),
+         rows_of(HRHF=[0.1, 0.1, 0.1], MiB=[0.2, 0.25, 0.3])),
         ("table2", ("voc6", "4-1", "disjoint"), rows)])
     assert lines[7:] == [f"| {claim} |  | not run |  |" for claim, *_ in tables.CLAIMS[4:]]
     assert lines[:7] == [
         "| claim | on | verdict | lead in points (seed) |", "|---|---|---|---|",
         "| HRHF beats MiB | voc6 4-1 | undecided | +20.0 (1), other step 0 (2) |",
-        "| HRHF beats MiB | shapes 15-1 overlapped | does not hold | -10.0 (1), -20.0 (2), "
-        "-30.0 (3) |",
+        "| HRHF beats MiB | shapes 15-1 overlapped | does not hold | -10.0 (1), -15.0 (2), "
+        "-20.0 (3) |",
         "| HRHF beats LwF | voc6 4-1 | not run |  |",
         "| HRHF beats ILT | voc6 4-1 | undecided | +30.0 (1), +5.0 (2), +80.0 (3) |",
-        "| HRHF beats fine-tuning | voc6 4-1 | holds | +20.0 (1), +30.0 (2), other step 0 (3) |"]
+        "| HRHF beats fine-tuning | voc6 4-1 | holds | +20.0 (1), +20.0 (2), other step 0 (3) |"]
     rows = {tables.FULL: [0.3, 0.4, None], tables.BASELINE: [0.1, 0.2, None],
             reproduce.REAL: [0.5, 0.4, 0.9]}
     rows = rows_of(**{row: [*scores, other] for (row, scores), other in zip(rows.items(),
@@ -3994,6 +3998,8 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
     rows[tables.FULL][4]["step 0"] = 0.6
     assert tables.shares_of_joint_and_replay(rows) == [
         "- replay recovery, (HRHF - Baseline) / (real - Baseline): 75.0 ± 35.4 %"]
+    rows[tables.REAL][1]["all"] = 0.105                     # half a point over the Baseline
+    assert tables.shares_of_joint_and_replay(rows) == []
 
 
 def test_judged_fakes_become_means_over_classes_and_seeds_and_other_flags_have_rows_of_their_own():
