@@ -2642,8 +2642,10 @@ def test_the_recipe_is_mibs_and_every_step_has_the_right_teacher_seeds_and_numbe
         student.training, self.lam))
     pools = spy(monkeypatch, train, "synthesize", lambda net, folder, n, **options: (n, options))
     loaders = spy(monkeypatch, data, "train_batches", lambda *a: a)
+    starts = spy(monkeypatch, model.DeepLabV3, "add_classes", lambda net, n, init: (n, init))
     train_on(finished, tmp_path / "run", "--epochs 2 --epochs0 3 --lr0 0.02 --lr 0.01 --lam 0 "
-             "--void ignore --num-fakes 5 --fake noise")
+             "--void ignore --num-fakes 5 --fake noise --init random")
+    assert starts == [(1, "random")] * 2
     same = {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
     assert optimizers == [{"lr": 0.02, **same}, {"lr": 0.01, **same}, {"lr": 0.01, **same}]
     lines = [line for line in read_log(tmp_path / "run") if "iteration" in line]
@@ -2674,7 +2676,9 @@ def test_batch_parts_and_the_paper_scale_defaults():
     assert (args.backbone, args.pretrained, args.crop, args.batch_size, args.epochs,
             args.epochs0) == (
         "resnet101", "imagenet", 512, 24, 30, 30)
-    assert (args.lr0, args.lr, args.lam) == (1e-2, 1e-3, 1)
+    assert (args.lr0, args.lr, args.lam, args.init) == (1e-2, 1e-3, 1, "background")
+    assert [train.parse(["--method", name]).init for name in ("mib", "lwf")] == [
+        "background", "random"]
     assert train.parse(["--dataset", "ade"]).epochs == 60
     assert train.parse([]).task == "15-1" and train.parse([]).dataset == "shapes"
     assert not args.reuse_fakes and train.parse([]).reuse_fakes
@@ -2915,6 +2919,7 @@ def test_off_default_names_the_flags_that_make_a_run_another_method():
     assert of("--dataset voc --backbone tiny --max-iters 2") == "--max-iters 2 --backbone tiny"
     assert of("--dataset voc --lam 0 --r avg --spectrum 1") == "--lam 0.0 --r avg --spectrum 1.0"
     assert of("--method mib --lam 1 --fake noise") == "--lam 1.0 --fake noise"
+    assert (of("--init random"), of("--method lwf --init random")) == ("--init random", "")
     assert of("--dataset voc --crop 96 --reuse-fakes") == "--crop 96 --reuse-fakes"
     assert of("--dataset shapes --no-reuse-fakes") == "--no-reuse-fakes"
     assert of("--dataset voc --fake-sizes 1/2,1") == "--fake-sizes 256,512"

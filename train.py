@@ -116,6 +116,8 @@ def parser():
     a("--method", choices=list(METHODS), default="hrhf", help="a row of Tables 1 and 7")
     a("--lam", type=float, help="weight of the method's term against forgetting, if not its own "
       "(HRHF's is 1, Eq. 5; 0: Table 5's W/O KD)")
+    a("--init", choices=["background", "random"],
+      help="of a step's new classifiers, if not the method's (HRHF's and MiB's: background)")
     a("--fake", choices=["seginversion", "noise", "none"],
       help="if not the method's. Table 2: none is its Baseline, noise its +Noise")
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
@@ -177,6 +179,7 @@ def parse(argv=None):
     parse_r(args.r)
     method = METHODS[args.method]
     args.lam = method.lam if args.lam is None else args.lam
+    args.init = args.init or method.init
     args.fake = args.fake or ("seginversion" if method.fakes else "none")
     args.epochs0 = args.epochs0 or args.epochs
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
@@ -358,7 +361,7 @@ def learn(step, task, args, run, world):
         check_method(run.checkpoint(step - 1), about, args)
         fakes = old_images(teacher, step, task, args, run, world)
         student, _ = load_model(run.checkpoint(step - 1))
-        student.add_classes(len(task.steps[step]), method.init)
+        student.add_classes(len(task.steps[step]), args.init)
     student.to(world.device)
     objective = method.objective_of(student, teacher, args.lam, state)
     view = data.View(task.train_set, images,
