@@ -90,7 +90,8 @@ def parser():
     a("--version", action="store_true", help="print the commit and torch's version, no more")
     a("--out", help="run folder, if not runs/<dataset>-<task>-<setting>[-<method>]")
     a("--step0", metavar="CHECKPOINT",
-      help="another run's step-0.pth to build upon: methods and ablations share it")
+      help="another run's step-0.pth to build upon: methods and ablations share it. Later steps: "
+      "copy step-<t>.pth, step-<t>.json and fakes-step-<t> into a new --out")
     a("--seed", type=int, default=42, help="of weights, crops, fakes and orders")
     a("--small", action="store_true", help="defaults for a few hundred pictures on a CPU or one "
       "GPU: " + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
