@@ -113,17 +113,16 @@ def study():
         rate = lambda flags: RATES[dataset].get(" ".join(flags.split()[:2]), "")
         return [Run(dataset, task, setting, row, f"{flags} {rate(flags)}".strip(), seed)
                 for seed in seeds for row, flags in rows.items()]
-    one, photographs = SEEDS[:1], [("voc20", task) for task in ("15-1", "15-5", "19-1")]
+    one, tasks = SEEDS[:1], [("voc20", task) for task in ("15-1", "15-5", "19-1")]
     few = {row: MAIN[row] for row in ("FT", "MiB", "HRHF")}
     return {
         "first": runs(ROWS["first"], "shapes", "15-1", (42,)),
-        "table1": [run for where in photographs
-                   for run in runs(MAIN, *where) + runs(OTHERS, *where, one)]
+        "table1": [run for where in tasks for run in runs(MAIN, *where) + runs(OTHERS, *where, one)]
         + runs(few, "voc20", "15-1", setting="overlapped")
         + runs(MAIN, "voc6", "3-1") + runs(MAIN, "shapes", "15-1"),
-        "table2": [run for where in (*photographs[:2], ("voc6", "3-1"))
+        "table2": [run for where in (*tasks[:2], ("voc6", "3-1"))
                    for run in runs(ROWS["table2"], *where)],
-        **{table: [run for where in photographs[:0:-1] for run in runs(ROWS[table], *where)]
+        **{table: [run for where in tasks[:0:-1] for run in runs(ROWS[table], *where)]
            for table in ("table3", "table4", "table5", "table6")},
         "ours": runs(ROWS["ours"], "voc20", "15-1"),
         "weights": runs(ROWS["weights"], "voc20", "15-1", one),
