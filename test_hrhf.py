@@ -2676,9 +2676,7 @@ def test_batch_parts_and_the_paper_scale_defaults():
     assert (args.backbone, args.pretrained, args.crop, args.batch_size, args.epochs,
             args.epochs0) == (
         "resnet101", "imagenet", 512, 24, 30, 30)
-    assert (args.lr0, args.lr, args.lam, args.init) == (1e-2, 1e-3, 1, "background")
-    assert [train.parse(["--method", name]).init for name in ("mib", "lwf")] == [
-        "background", "random"]
+    assert (args.lr0, args.lr, args.lam) == (1e-2, 1e-3, 1)
     assert train.parse(["--dataset", "ade"]).epochs == 60
     assert train.parse([]).task == "15-1" and train.parse([]).dataset == "shapes"
     assert not args.reuse_fakes and train.parse([]).reuse_fakes
@@ -2919,7 +2917,8 @@ def test_off_default_names_the_flags_that_make_a_run_another_method():
     assert of("--dataset voc --backbone tiny --max-iters 2") == "--max-iters 2 --backbone tiny"
     assert of("--dataset voc --lam 0 --r avg --spectrum 1") == "--lam 0.0 --r avg --spectrum 1.0"
     assert of("--method mib --lam 1 --fake noise") == "--lam 1.0 --fake noise"
-    assert (of("--init random"), of("--method lwf --init random")) == ("--init random", "")
+    assert [of(f"{method} --init random") for method in ("", "--method mib", "--method lwf")] == [
+        "--init random", "--init random", ""]
     assert of("--dataset voc --crop 96 --reuse-fakes") == "--crop 96 --reuse-fakes"
     assert of("--dataset shapes --no-reuse-fakes") == "--no-reuse-fakes"
     assert of("--dataset voc --fake-sizes 1/2,1") == "--fake-sizes 256,512"
@@ -3906,6 +3905,15 @@ def test_the_tables_are_made_of_the_committed_records(tmp_path):
         tables.write_tables(tmp_path / STUDY.name, reproduce.study(), reproduce.schedules())
 
 
+@pytest.mark.parametrize("line", [b"\xff", b'{"name": "a"', b'{"name": 3, "commit": "b"}',
+                                  b'{"name": "voc20/15-1/hrhf/1"}', b"[1]"])
+def test_a_damaged_line_of_the_records_is_said_not_left_out(tmp_path, line):
+    path = tmp_path / "study.jsonl"
+    path.write_bytes(b'{"name": "a", "commit": "b"}\n' + line)
+    with pytest.raises(InputError, match="study.jsonl: damaged; remove its damaged line"):
+        tables.read_records(path)
+
+
 def test_a_run_of_the_study_is_done_once_shares_its_step_0_and_its_fakes_are_judged(
         small_study, monkeypatch):
     calls = spy(monkeypatch, train, "main", lambda argv, **options: (argv, options))
@@ -4034,14 +4042,21 @@ def test_the_study_s_photographs_and_weights_are_those_of_its_records(finished, 
             (lists / f"{split}.txt").write_text("".join(f"{each}\n" for each in ids))
     (tmp_path / "voc6/classes.txt").write_text("\n".join(photographs.VOC6_CLASSES))
     check(tmp_path)
-    (tmp_path / "voc20/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").rename(tmp_path / "val")
-    with pytest.raises(InputError, match="not the study's voc20, .*val.txt differs"):
-        check(tmp_path)
     (tmp_path / "other.pth").write_bytes(b"other")
     for weights, text in (("other.pth", "other.pth: not torchvision's"),
                           ("no.pth", "no.pth: No such")):
         with pytest.raises(InputError, match=text):
             reproduce.check_weights(str(tmp_path / weights))
+    for photos, text in ((finished, "not the study's voc20"), (tmp_path, "not torchvision's")):
+        with pytest.raises(InputError, match=text):         # before hours of runs
+            reproduce.main(["--only", "figure3", "--photos", str(photos),
+                            "--weights", str(tmp_path / "other.pth")])
+    (tmp_path / "voc20/VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").rename(tmp_path / "val")
+    with pytest.raises(InputError, match="not the study's voc20, .*val.txt differs"):
+        check(tmp_path)
+    (tmp_path / "voc6/classes.txt").write_text("\n".join(reversed(photographs.VOC6_CLASSES)))
+    with pytest.raises(InputError, match="not the study's voc6, .*classes.txt differs"):
+        check(tmp_path)
     with pytest.raises(InputError, match="made: no VOC 2012 there"):
         photographs.main([str(tmp_path / "made")])
     assert not (tmp_path / "made").exists()
@@ -4414,8 +4429,9 @@ def test_the_readmes_numbers_are_those_of_the_records():
             fewer = f" (n = {len(scores)})" * (len(scores) != int(n))
             assert cell == (f"{np.mean(scores):.1f}{fewer}" if scores else "not run")
     report = tables.report(study, [], records)
-    for task, text in re.findall(r"holds on `voc20` (\d+-\d): ([^.]*)\.",
-                                 README.replace("\n", " ")):
+    said = re.findall(r"holds on `voc20` (\d+-\d): ([^.]*)\.", README.replace("\n", " "))
+    assert [task for task, _ in said] == ["15-1", "15-5"]
+    for task, text in said:
         holds = re.findall(rf"^\| (.*) \| voc20 {task} \| holds \|", report, re.M)
         assert text.split(", ") == holds
 

@@ -180,7 +180,7 @@ def parse(argv=None):
     parse_r(args.r)
     method = METHODS[args.method]
     args.lam = method.lam if args.lam is None else args.lam
-    args.init = args.init or method.init
+    args.init = None if args.init == method.init else args.init
     args.fake = args.fake or ("seginversion" if method.fakes else "none")
     args.epochs0 = args.epochs0 or args.epochs
     args.amp = torch.cuda.is_available() if args.amp is None else args.amp
@@ -362,7 +362,7 @@ def learn(step, task, args, run, world):
         check_method(run.checkpoint(step - 1), about, args)
         fakes = old_images(teacher, step, task, args, run, world)
         student, _ = load_model(run.checkpoint(step - 1))
-        student.add_classes(len(task.steps[step]), args.init)
+        student.add_classes(len(task.steps[step]), args.init or method.init)
     student.to(world.device)
     objective = method.objective_of(student, teacher, args.lam, state)
     view = data.View(task.train_set, images,
