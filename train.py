@@ -118,8 +118,8 @@ def parser():
     a("--lam", type=float, help="weight of the method's term against forgetting, if not its own "
       "(HRHF's is 1, Eq. 5; 0: Table 5's W/O KD)")
     a("--init", choices=["background", "random"],
-      help="start of new classifiers, if not the method's (HRHF's and MiB's: background); random if "
-      "a step has several new classes and learns them badly")
+      help="start of new classifiers, if not the method's (HRHF's and MiB's: background); random "
+      "if a step has several new classes and learns them badly")
     a("--fake", choices=["seginversion", "noise", "none"],
       help="if not the method's. Table 2: none is its Baseline, noise its +Noise")
     a("--real-fake", default="1:1", help="proportion in a mini-batch (Table 6)")
