@@ -105,11 +105,11 @@ def chart(series, x_label, y_label, width=520, height=210):
         y = top * k / 4
         parts.append('<line x1="{:.0f}" y1="{:.1f}" x2="{}" y2="{:.1f}"/>'.format(
             *at(x0, y), width - 8, at(x0, y)[1]))
-        parts.append(f'<text class=soft x="{left - 6}" y="{at(x0, y)[1] + 4:.1f}" '
+        parts.append(f'<text class="soft" x="{left - 6}" y="{at(x0, y)[1] + 4:.1f}" '
                      f'text-anchor="end">{y:.3g}</text>')
     for x in sorted({x for x, _ in points}) if x1 - x0 < 12 else (x0, x1):
         anchor = "end" if x == x1 > x0 else "middle"
-        parts.append(f'<text class=soft x="{at(x, 0)[0]:.1f}" y="{bottom + 14}" '
+        parts.append(f'<text class="soft" x="{at(x, 0)[0]:.1f}" y="{bottom + 14}" '
                      f'text-anchor="{anchor}">{x:g}</text>')
     for colour, line in zip(COLOURS * len(series), series.values()):
         path = " ".join("%.1f,%.1f" % at(x, y) for x, y in line if y is not None and y == y)
@@ -117,7 +117,7 @@ def chart(series, x_label, y_label, width=520, height=210):
                      f'points="{path}"/>')
         parts += ['<circle cx="%.1f" cy="%.1f" r="3" fill="%s"/>' % (*at(x, y), colour)
                   for x, y in line if y is not None and y == y and len(line) < 20]
-    parts.append(f'<text class=soft x="{(left + width) / 2}" y="{bottom + 28}" '
+    parts.append(f'<text class="soft" x="{(left + width) / 2}" y="{bottom + 28}" '
                  f'text-anchor="middle">{text(x_label)}</text>' * (len(points) > 1))
     drawing = (f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
                f'aria-label="{text(y_label)} over {text(x_label)}">{"".join(parts)}</svg>')

@@ -9,8 +9,10 @@ each seed, so it is about their differences: it holds, or does not, by a paired 
 """
 import json
 import math
+import re
 import statistics
 
+from report import COLOURS, chart
 from run import InputError, write_atomically
 
 FULL, BASELINE = "+ SegInversion (HRHF)", "Baseline (no fakes)"
@@ -161,6 +163,21 @@ def fakes_lines(study, records):
             *(of_classes if classes else [])]
 
 
+def weights_svg(rows):
+    """The trade-off of the weights: mIoU of new classes over that of old ones, a line a method."""
+    lines = {}
+    for row, by_seed in rows.items():
+        for record in by_seed.values():
+            point = round(100 * record["old"], 1), 100 * record["new"]
+            lines.setdefault(row.split(",")[0], []).append(point)
+    svg = re.search("<svg.*</svg>", chart(lines, "old classes (%)", "new classes (%)"))[0]
+    names = "".join(f'<text x="60" y="{20 + 16 * k}" style="fill:{colour}">{name}</text>'
+                    for k, (name, colour) in enumerate(zip(lines, COLOURS)))
+    style = "<style>line{stroke:#d9dce1}text{font:12px sans-serif;fill:#667}</style>"
+    return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(
+        "</svg>", f"{style}{names}</svg>")
+
+
 def figure3_lines(record):
     shares = record["share"]
     classes = [name for name in next(iter(shares.values())) if name != "background"]
@@ -185,6 +202,9 @@ def report(study, schedules, records):
             lines += table_lines(column, rows)
             tables.append((table, column, rows))
         lines += [] if columns else ["Not run.", ""]
+        if table == "weights" and columns:
+            lines += ["mIoU of new classes (up) over that of old ones (right); a line joins the "
+                      "weights in the table's order:", "", "![trade-off](weights.svg)", ""]
     lines += ["## How good the fakes are", "", *fakes_lines(study, records)]
     lines += ["## The same noise at three scales (paper: Figure 3)", ""]
     lines += figure3_lines(records["figure3"]) if "figure3" in records else ["Not run.", ""]
@@ -210,9 +230,11 @@ def prose(readme):
 
 
 def write_tables(path, study, schedules):
-    """Sort the records in path; the tables of the README.md beside it of them."""
+    """Sort the records in path; README.md's tables and weights.svg beside it of them."""
     records, readme = dict(sorted(read_records(path).items())), path.with_name("README.md")
     tables = prose(readme) + report(study, schedules, records)
     text = "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in records.values())
     write_atomically(path, lambda p: p.write_text(text))
     write_atomically(readme, lambda p: p.write_text(tables, encoding="utf-8"))
+    for rows in columns_of(study["weights"], records).values():         # of one task
+        write_atomically(path.with_name("weights.svg"), lambda p: p.write_text(weights_svg(rows)))

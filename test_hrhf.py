@@ -28,6 +28,7 @@ import sys
 import time
 import warnings
 import weakref
+import xml.etree.ElementTree
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -3900,6 +3901,7 @@ def test_the_tables_are_made_of_the_committed_records(tmp_path):
         tables.write_tables(tmp_path / STUDY.name, reproduce.study(), reproduce.schedules())
         for name in names:
             assert (tmp_path / name).read_text() == STUDY.with_name(name).read_text()
+    assert (tmp_path / "weights.svg").read_text() == STUDY.with_name("weights.svg").read_text()
     (tmp_path / "README.md").write_text("Prose that lost its last line.")
     with pytest.raises(InputError, match="README.md: lacks the line <!-- from here on"):
         tables.write_tables(tmp_path / STUDY.name, reproduce.study(), reproduce.schedules())
@@ -4013,6 +4015,21 @@ def test_a_table_has_its_rows_means_and_a_claim_the_seeds_that_both_rows_have_fr
         "- replay recovery, (HRHF - Baseline) / (real - Baseline): 75.0 ± 35.4 %"]
     rows[tables.REAL][1]["all"] = 0.105                     # half a point over the Baseline
     assert tables.shares_of_joint_and_replay(rows) == []
+
+
+def test_the_trade_off_s_picture_has_a_point_a_weight_at_its_old_and_new_mIoU():
+    record = lambda old, new: {1: {"old": old, "new": new}}
+    svg = xml.etree.ElementTree.fromstring(tables.weights_svg(
+        {"MiB, 1": record(0.1, 0.1), "MiB, 3": record(0.2, 0.0), "MiB, 10": {},
+         "HRHF, 1": record(0.15, 0.05)}))
+    of_kind = lambda kind: [each for each in svg.iter() if each.tag.endswith(kind)]
+    left, right, top, bottom = 44, 512, 8, 178              # 10 and 20 %; 10 and 0 %
+    assert [(float(c.get("cx")), float(c.get("cy"))) for c in of_kind("circle")] == [
+        (left, top), (right, bottom), ((left + right) / 2, (top + bottom) / 2)]
+    colours = {name.text: name.get("style").split(":")[1] for name in of_kind("text")
+               if name.get("style")}
+    assert [c.get("fill") for c in of_kind("circle")] == [
+        colours["MiB"], colours["MiB"], colours["HRHF"]]
 
 
 def test_judged_fakes_become_means_over_classes_and_seeds_and_other_flags_have_rows_of_their_own():
